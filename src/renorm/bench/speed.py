@@ -1,0 +1,142 @@
+"""Suite `speed`: time beside the peers', as ratios within one run, and the price of cheaper arithmetic."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from time import perf_counter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from renorm.bench import peers, speed_table
+from renorm.bench.base import Cell, Row, Suite
+from renorm.bench.beds import ResNet20, error
+from renorm.errors import require
+from renorm.recalibrate import recalibrate_
+
+__all__ = ["Speed"]
+
+NETWORKS = ("resnet18", "resnet50")
+IMAGES, BATCH, SIDE = 96, 32, 224
+REPETITIONS = {"quick": 3, "full": 7}  # per seed
+MANY = 4000  # CIFAR images that update_bn reads and we stop within
+TOLERANCES = (0.1, 0.05, 0.03)
+
+Way = Callable[[nn.Module, Sequence[Tensor]], Any]
+
+# `prior=0` alone needs no image moments; a tolerance that is never reached makes it measure them and read on.
+EQUAL_IMAGES: dict[str, Way] = {
+    "update_bn": peers.update_bn,
+    "fvcore": peers.fvcore,
+    "ours_off": lambda model, batches: recalibrate_(model, batches, prior=0),
+    "ours_on": lambda model, batches: recalibrate_(model, batches, prior=0, tolerance=1e-9),
+    "ours_auto": lambda model, batches: recalibrate_(model, batches),
+}
+CHEAPER: dict[str, Way] = {
+    "float32": lambda model, batches: recalibrate_(model, batches),
+    "channels_last": lambda model, batches: recalibrate_(model, batches, channels_last=True),
+    "bfloat16": lambda model, batches: recalibrate_(model, batches, autocast=torch.bfloat16),
+    "both": lambda model, batches: recalibrate_(model, batches, autocast=torch.bfloat16, channels_last=True),
+}
+
+
+class Speed(Suite):
+    """Ratios of times at equal images and at equal error; the ways of a cell take turns, so load hits all alike."""
+
+    name: ClassVar = "speed"
+    revision: ClassVar = 1
+    needs: ClassVar = ResNet20.needs
+    timed: ClassVar = True
+
+    def cells(self) -> Iterator[Cell]:
+        for network in NETWORKS:
+            for turn in range(REPETITIONS[self.size] * self.seeds):
+                yield Cell.of(part="equal images", on=network, seed=turn)
+        for network in NETWORKS:
+            for turn in range(self.seeds):
+                yield Cell.of(part="cheaper", on=network, seed=turn)
+        for shift in ResNet20.shifts:
+            for seed in range(self.seeds):
+                yield Cell.of(part="equal error", on=shift, seed=seed)
+                yield Cell.of(part="cheaper error", on=shift, seed=seed)
+
+    def run_cell(self, cell: Cell) -> Mapping[str, float]:
+        if cell["part"] in ("equal images", "cheaper"):
+            ways = EQUAL_IMAGES if cell["part"] == "equal images" else CHEAPER
+            return _in_turns(ways, cell["on"], cell["seed"])
+        bed = ResNet20(self.data, MANY, 2000 if self.size == "full" else 1000)
+        if cell["part"] == "equal error":
+            return _stopping(bed, cell["on"], cell["seed"])
+        return _cheaper_error(bed, cell["on"], cell["seed"])
+
+    def table(self, rows: Sequence[Row]) -> str:
+        return speed_table.table(rows)
+
+
+def _in_turns(ways: Mapping[str, Way], network: str, turn: int) -> dict[str, float]:
+    """Seconds of each way over the same random images; which one goes first moves on with every turn."""
+    names = list(ways)
+    names = names[turn % len(names) :] + names[: turn % len(names)]
+    batches = _noise()
+    seconds = {}
+    for name in names:
+        model = _untrained(network)
+        gc.collect()
+        start = perf_counter()
+        ways[name](model, batches)
+        seconds[name] = perf_counter() - start
+    return seconds
+
+
+def _stopping(bed: ResNet20, shift: str, seed: int) -> dict[str, float]:
+    """update_bn over all images against ours that stops when tight: seconds, images read and error."""
+    batches = bed.pool(shift, seed=seed).unlabelled()
+    held_out = bed.held_out(shift, seed=seed)
+    values = {}
+
+    def measure(name: str, way: Way) -> None:
+        model = bed.model()
+        start = perf_counter()
+        adaptation = way(model, batches)
+        values[f"{name} seconds"] = perf_counter() - start
+        values[f"{name} images"] = float(adaptation.samples if adaptation else sum(map(len, batches)))
+        values[f"{name} error"] = error(model, held_out)
+
+    measure("update_bn", peers.update_bn)
+    measure("all", lambda model, batches: recalibrate_(model, batches))
+    for tolerance in TOLERANCES:
+        measure(str(tolerance), partial(_stopped, tolerance=tolerance))
+    return values
+
+
+def _stopped(model: nn.Module, batches: Sequence[Tensor], *, tolerance: float) -> Any:
+    return recalibrate_(model, batches, tolerance=tolerance)
+
+
+def _cheaper_error(bed: ResNet20, shift: str, seed: int) -> dict[str, float]:
+    """The error, measured in float32, of statistics that were re-estimated with cheaper arithmetic."""
+    batches = bed.pool(shift, seed=seed).first(1000).unlabelled()
+    held_out = bed.held_out(shift, seed=seed)
+    errors = {}
+    for name, way in CHEAPER.items():
+        model = bed.model()
+        way(model, batches)
+        errors[name] = error(model, held_out)
+    return errors
+
+
+def _untrained(network: str) -> nn.Module:
+    models = require("torchvision.models", extra="bench", purpose="timing ResNets")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = getattr(models, network)(weights=None)
+    return model.eval()
+
+
+@lru_cache(maxsize=1)
+def _noise() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.split(torch.randn(IMAGES, 3, SIDE, SIDE, generator=generator), BATCH))

@@ -1,0 +1,133 @@
+"""The tables of suite `speed`: ratios of times with their spread, and the targets beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from renorm.bench.base import Row
+from renorm.bench.intervals import paired
+from renorm.bench.markdown import table as markdown
+
+__all__ = ["table"]
+
+ABOUT = """\
+Times are ratios within one cell, whose ways take turns on the same images; a ratio is given as its median over the
+cells with the smallest and the largest. ResNets have random weights and see 96 random images of 224² in batches of
+32. Ours off is `prior=0`, which needs no certainty; on is the same with image moments measured; auto is the default.
+A miss is left standing.
+"""
+HEAD = ("target", "measured", "verdict")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Targets, times at equal images, stopping when tight, cheaper arithmetic."""
+    parts = [ABOUT, "## Targets\n", markdown(HEAD, [*_equal_targets(rows), *_stopping_targets(rows)], words=3)]
+    parts += ["## Equal images: time as a multiple of the faster peer's\n", _equal(rows)]
+    parts += ["## 4,000 CIFAR images: stopping when tight, ResNet-20, mean over shifts and seeds\n", _stopping(rows)]
+    parts += ["## Cheaper arithmetic\n", _cheaper(rows)]
+    return "\n".join(parts)
+
+
+def _of(rows: Sequence[Row], part: str) -> list[Row]:
+    return [row for row in rows if row.cell["part"] == part]
+
+
+def _on(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.cell["on"], []).append(row)
+    return groups
+
+
+def _faster_peer(rows: Sequence[Row]) -> str:
+    return min(("update_bn", "fvcore"), key=lambda peer: float(np.median([row.values[peer] for row in rows])))
+
+
+def _ratios(rows: Sequence[Row], way: str, other: str) -> list[float]:
+    return [row.values[way] / row.values[other] for row in rows]
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    return f"{np.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def _verdict(holds: bool) -> str:
+    return "pass" if holds else "**miss**"
+
+
+def _equal_targets(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    lines = []
+    for network, group in _on(_of(rows, "equal images")).items():
+        peer = _faster_peer(group)
+        for way, name, most in (("ours_off", "off", 1.0), ("ours_on", "on", 1.1)):
+            ratios = _ratios(group, way, peer)
+            target = f"{network}, certainty {name}: at most {most} times the faster peer"
+            holds = bool(np.median(ratios) <= most)
+            lines.append((target, f"{_spread(ratios)} against {peer}, {len(ratios)} turns", _verdict(holds)))
+    return lines
+
+
+def _equal(rows: Sequence[Row]) -> str:
+    lines = []
+    for network, group in _on(_of(rows, "equal images")).items():
+        peer = _faster_peer(group)
+        lines.append([network, *(_spread(_ratios(group, way, peer)) for way in group[0].values if way in WAYS)])
+    return markdown(["network", *WAYS.values()], lines)
+
+
+WAYS = {
+    "update_bn": "torch `update_bn`",
+    "fvcore": "fvcore `update_bn_stats`",
+    "ours_off": "ours off",
+    "ours_on": "ours on",
+    "ours_auto": "ours auto",
+}
+
+
+def _stopping_targets(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    group = _of(rows, "equal error")
+    lines = []
+    for name in _tolerances(group):
+        faster = _ratios_named(group, "update_bn seconds", f"{name} seconds")
+        gap = paired([row.values[f"{name} error"] - row.values["update_bn error"] for row in group])
+        target = f"tolerance {name}: 8 times as fast as update_bn on all, error at most 0.3 points higher"
+        holds = bool(np.median(faster) >= 8 and gap.mean <= 0.3)
+        lines.append((target, f"{_spread(faster)} times; {gap.text(2)} points", _verdict(holds)))
+    return lines
+
+
+def _stopping(rows: Sequence[Row]) -> str:
+    group = _of(rows, "equal error")
+    lines = []
+    for name in ("update_bn", "all", *_tolerances(group)) if group else ():
+        label = {"update_bn": "torch `update_bn`", "all": "ours, all images"}.get(name, f"ours, `tolerance={name}`")
+        images = [row.values[f"{name} images"] for row in group]
+        error = np.mean([row.values[f"{name} error"] for row in group])
+        faster = _ratios_named(group, "update_bn seconds", f"{name} seconds")
+        lines.append(
+            [label, f"{np.mean(images):.0f} ({min(images):.0f}–{max(images):.0f})", _spread(faster), f"{error:.2f}"]
+        )
+    return markdown(["way", "images read", "times as fast", "error in %"], lines)
+
+
+def _tolerances(rows: Sequence[Row]) -> list[str]:
+    names = [name.removesuffix(" error") for name in rows[0].values if name.endswith(" error")] if rows else []
+    return [name for name in names if name not in ("update_bn", "all")]
+
+
+def _ratios_named(rows: Sequence[Row], top: str, bottom: str) -> list[float]:
+    return [row.values[top] / row.values[bottom] for row in rows]
+
+
+def _cheaper(rows: Sequence[Row]) -> str:
+    times, errors = _on(_of(rows, "cheaper")), _of(rows, "cheaper error")
+    names = [*next(iter(times.values()))[0].values] if times else []
+    lines = []
+    for name in sorted(names, key=["float32", "channels_last", "bfloat16", "both"].index):
+        gaps = [row.values[name] - row.values["float32"] for row in errors]
+        cost = paired(gaps).text(2) if gaps else "–"
+        lines.append([name, *(_spread(_ratios(group, "float32", name)) for group in times.values()), cost])
+    head = ["arithmetic", *(f"{network}: times as fast" for network in times)]
+    return markdown([*head, "ResNet-20: error against float32, points"], lines)

@@ -1,0 +1,80 @@
+"""What a command may do to the screen: progress on stderr, the report on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from renorm.report.base import Report
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Progress is drawn only where a person watches: stderr is a terminal and nobody asked for quiet."""
+
+    format: str = "table"
+    quiet: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether progress is drawn."""
+        return not self.quiet and sys.stderr.isatty()
+
+    def watched(self, batches: Iterable[Any], doing: str) -> Iterable[Any]:
+        """`batches`, with a line that says how far reading has come and how long the rest will take.
+
+        As often readable as `batches` is, with its length.
+        """
+        return _Watched(batches, doing) if self.draws else batches
+
+    def steps(self, steps: Iterable[Any], doing: str, *, total: int) -> Iterator[Any]:
+        """`steps`, of which there will be `total`, each drawn as it is done."""
+        return iter(_Watched(steps, doing, total)) if self.draws else iter(steps)
+
+    def show(self, report: Report) -> None:
+        """Print the report on stdout in the format that was asked for."""
+        if self.format == "json":
+            from renorm.provenance import version
+            from renorm.report import json
+
+            sys.stdout.write(json.render(report, version=version("renorm")) + "\n")
+        else:
+            from renorm.report import terminal
+
+            terminal.show(report, sys.stdout)
+        sys.stdout.flush()
+
+
+class _Watched:
+    """An iterable that draws a progress line while it is read."""
+
+    def __init__(self, items: Iterable[Any], doing: str, total: int | None = None) -> None:
+        self.items, self.doing, self.total = items, doing, total
+        if hasattr(items, "__len__"):
+            self.total = len(items)
+        self.reads = 0
+
+    def __len__(self) -> int:
+        if self.total is None:
+            raise TypeError(f"the length of {type(self.items).__name__} is not known")
+        return self.total
+
+    def __getattr__(self, name: str) -> Any:
+        # whatever else the loader has (labels, a fingerprint) is still to be found on it
+        return getattr(self.items, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.reads += 1
+        doing = self.doing if self.reads == 1 else f"{self.doing} (pass {self.reads})"
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(doing, total=self.total)
+            for item in self.items:
+                yield item
+                progress.advance(task)

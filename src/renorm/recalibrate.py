@@ -1,0 +1,180 @@
+"""Re-estimate a model's batch norm statistics on target batches: no labels, no gradients, undone exactly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from renorm.calls import Caller, Forward, Output, several_passes
+from renorm.errors import BatchError, UsageError
+from renorm.evaluate import METRICS, Outputs, collect
+from renorm.methods.base import Estimate, Method, build
+from renorm.profile import Profile
+from renorm.shift import Shift
+from renorm.sites import Site, batch_sites, select
+from renorm.state import Undo
+from renorm.trust import Trust, trust
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """A change that `recalibrate_` made, or found it better not to make.
+
+    method      what was used, with its options
+    accepted    False where `check=` found the model worse: it then holds its source statistics again
+    why         the reason for that, in words
+    samples     how many samples were read, each counted once
+    unvisited   sites that no batch reached: untouched
+    shifts      {site: how far the target's moments lie from the source's statistics}
+    weights     {site: the share of the source in what it holds now}
+    trust       the verdict of an unlabelled check; None without one
+    notes       what else the user should know
+    """
+
+    method: Method
+    accepted: bool
+    why: str
+    samples: int
+    passes: int
+    unvisited: tuple[str, ...]
+    shifts: Mapping[str, Shift]
+    weights: Mapping[str, float]
+    trust: Trust | None
+    notes: tuple[str, ...]
+    undo: Undo
+
+    def restore_(self) -> None:
+        """Give the model the statistics it held before, bit for bit; a second call does nothing.
+
+        Raises OpenChange where a later change at the same sites still stands.
+        """
+        self.undo.restore_()
+
+
+def recalibrate_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    prior: int | Literal["auto"] = "auto",
+    tolerance: float | None = None,
+    check: Iterable[Any] | None = None,
+    source: Profile | str | os.PathLike[str] | None = None,
+    *,
+    method: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    forward: Forward | None = None,
+    output: Output | None = None,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> Adaptation:
+    """Let every batch norm of `model` hold statistics that fit `batches`; weights, affine parameters and modes stay.
+
+    prior       how much the source counts: "auto", or as many images as this; see `methods.pooled.Pooled`
+    tolerance   stop reading once every site is this certain (standard error of the mean, in source sd)
+    check       batches on which the model must not do worse, by accuracy where they have labels, by `trust` where not;
+                where it does, the source's statistics are put back and `.accepted` is False
+    source      a profile of the source (`renorm.profile`, or its file): target and source are then compared at equal label
+                mix, which is safe where the target's classes are mixed differently; see `methods.equal_mix.EqualMix`
+    method      a name of the catalogue, with `options` for its fields; "auto": "equal_mix" with a source, else "pooled"
+
+    A failure at any point leaves the model bit-identical. Sites without statistics, or that no batch reached, stay untouched.
+    Raises NoBatchNorm for a model without batch norm statistics, BatchError for batches that cannot be used (none, a single
+    image, numbers that are not finite), OneShot for an iterator where several passes are needed, UsageError for options that
+    make no sense together.
+    """
+    caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
+    sites = select(batch_sites(model, asked="recalibrate_"), include=include, exclude=exclude)
+    if not sites:
+        raise UsageError(
+            f"recalibrate_ was asked to touch {include!r} without {exclude!r}, and no batch norm is left by that."
+        )
+    profile = source if isinstance(source, Profile) or source is None else Profile.load(source)
+    chosen = _method(method, prior, tolerance, profile, options)
+    before = None
+    if check is not None:
+        several_passes(check, asked="check=")
+        before = collect(model, check, caller=caller, asked="check=")
+    estimate = chosen.estimate(model, batches, sites=sites, caller=caller, source=profile)
+    if estimate.samples < 2:
+        raise BatchError(
+            "recalibrate_ was given one image in all; how far its statistics are to be believed cannot be known from one. "
+            "Pass at least two, better 32."
+        )
+    undo = Undo("recalibrate_", {site.name: site.module for site in sites})
+    try:
+        held = {site.name: site.statistics() for site in sites}
+        _write(sites, estimate)
+        accepted, why, verdict = True, "no check was asked for", None
+        if check is not None and before is not None:
+            after = collect(model, check, caller=caller, asked="check=")
+            accepted, why, verdict = _judge(before, after, profile)
+        if not accepted:
+            undo.restore_()
+    except BaseException:
+        undo.restore_()
+        raise
+    return Adaptation(
+        method=chosen,
+        accepted=accepted,
+        why=why,
+        samples=estimate.samples,
+        passes=estimate.passes,
+        unvisited=estimate.unvisited,
+        shifts={
+            name: Shift.between(known, estimate.target[name])
+            for name, known in held.items()
+            if known and name in estimate.target
+        },
+        weights=dict(estimate.weights),
+        trust=verdict,
+        notes=estimate.notes,
+        undo=undo,
+    )
+
+
+def _method(
+    name: str, prior: Any, tolerance: Any, profile: Profile | None, options: Mapping[str, Any] | None
+) -> Method:
+    given = dict(options or {})
+    if name == "auto":
+        name = "pooled" if profile is None or prior != "auto" or tolerance is not None else "equal_mix"
+    if prior != "auto":
+        given.setdefault("prior", prior)
+    if tolerance is not None:
+        given.setdefault("tolerance", tolerance)
+    return build(name, given)
+
+
+def _write(sites: list[Site], estimate: Estimate) -> None:
+    for site in sites:
+        moments = estimate.moments.get(site.name)
+        if moments is None:
+            continue
+        if not bool(torch.isfinite(moments.mean).all() & torch.isfinite(moments.var).all()):
+            raise BatchError(
+                f"the statistics measured at {site.name!r} are not finite: activations overflow on these batches. "
+                "Check the inputs' scale, or run in float32."
+            )
+        site.write_(moments)
+        counter = getattr(site.module, "num_batches_tracked", None)
+        if isinstance(counter, torch.Tensor):
+            counter.data.fill_(estimate.batches)  # what momentum=None goes on averaging from
+
+
+def _judge(before: Outputs, after: Outputs, profile: Profile | None) -> tuple[bool, str, Trust | None]:
+    if before.labels is not None and after.labels is not None:
+        was, now = METRICS["accuracy"](before.logits, before.labels), METRICS["accuracy"](after.logits, after.labels)
+        return (
+            now >= was,
+            f"on {len(before.labels)} labelled check samples accuracy went from {was:.1%} to {now:.1%}",
+            None,
+        )
+    verdict = trust(before.logits, after.logits, source=profile)
+    return verdict.better, verdict.why, verdict

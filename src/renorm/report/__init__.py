@@ -1,0 +1,1 @@
+"""What a command found, as one value with several faces: terminal, JSON, later HTML and SARIF."""

@@ -1,0 +1,53 @@
+"""BN302: the data lie far from the statistics that the model normalises by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from renorm.rules.base import Facts, Finding, Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataShift(Rule):
+    """At a site, the 2-Wasserstein distance of data from held statistics, less its sampling error, exceeds a limit.
+
+    Effect sizes set the limits, never p-values: with enough images every difference is significant. Statistics that were
+    never estimated (BN105) are no source to be far from.
+    """
+
+    id: ClassVar = "BN302"
+    title: ClassVar = "data shift"
+    needs: ClassVar = ("distances", "new")
+
+    # Source standard deviations, mean over channels. On data of their own kind (16 to 2,000 images) the worst sites of
+    # ResNet-20, ResNet-8 (CIFAR-10) and MobileNet (visual wake words) lie at 0.08 to 0.25; under noise, blur, contrast
+    # and fog strong enough to cost 30 points of accuracy or more, at 0.36 to 0.90.
+    limit: float = 0.3
+    error: float = 0.5
+
+    def check(self, facts: Facts) -> Iterator[Finding]:
+        distances = {name: value for name, value in facts.distances.items() if name not in facts.new}
+        worst = max(distances, key=lambda name: distances[name], default=None)
+        for name, value in distances.items():
+            if value > self.limit:
+                yield Finding(
+                    rule=self.id,
+                    site=name,
+                    severity="error" if value > self.error else "warning",
+                    value=value,
+                    unit="source sd",
+                    limit=self.limit,
+                    message="The data do not look here as the model was trained to expect: it normalises by statistics "
+                    "of other data.",
+                    advice=self._advice(facts, worst),
+                )
+
+    @staticmethod
+    def _advice(facts: Facts, worst: str | None) -> str:
+        mend = "Recalibrate on this data, and keep the result only if it holds up on data you can check."
+        if worst == next(iter(facts.distances), None):
+            return "It is worst at the first layer, so look at the preprocessing first (scale, mean, channel order). " + mend
+        return mend
+

@@ -1,0 +1,68 @@
+"""BN105: statistics that still have the values they were created with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from renorm.rules.base import Facts, Finding, Rule
+from renorm.sites import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeverCalibrated(Rule):
+    """Mean 0 and variance 1 in every channel, beside trained weights, mean that a checkpoint came without its buffers.
+
+    Where nothing in the model was ever trained, that is said once, for information.
+    """
+
+    id: ClassVar = "BN105"
+    title: ClassVar = "statistics never estimated"
+    needs: ClassVar = ("held", "new")
+
+    def check(self, facts: Facts) -> Iterator[Finding]:
+        sites = [site for site in facts.batch if site.name in facts.held]
+        new = [site for site in sites if site.name in facts.new]
+        if new and len(new) == len(sites) and not any(map(_affine_was_trained, sites)):
+            yield self._untrained(new)
+            return
+        for site in new:
+            yield self._lost(site)
+
+    def _untrained(self, new: list[Site]) -> Finding:
+        return Finding(
+            rule=self.id,
+            site=new[0].name,
+            severity="info",
+            value=float(len(new)),
+            unit="layers at their initial values",
+            limit=0.0,
+            message="Every batch norm still has the values it was created with: this model was never trained, or no "
+            "checkpoint was loaded.",
+            advice="Load trained weights (--checkpoint FILE).",
+        )
+
+    def _lost(self, site: Site) -> Finding:
+        trained = _affine_was_trained(site)
+        return Finding(
+            rule=self.id,
+            site=site.name,
+            severity="error" if trained else "warning",
+            value=1.0,
+            unit="layers at their initial values",
+            limit=0.0,
+            message="The statistics still have their initial values (mean 0, variance 1) "
+            + ("though the layer's weights were trained" if trained else "though other layers have theirs")
+            + ": the checkpoint was saved or loaded without buffers, or training never reached this layer.",
+            advice="Load a checkpoint with running_mean and running_var, or estimate them with recalibrate.",
+        )
+
+
+def _affine_was_trained(site: Site) -> bool:
+    """Whether weight or bias differ between channels; every initialisation in use sets them to constants."""
+    tensors = (getattr(site.module, name, None) for name in ("weight", "bias"))
+    return any(isinstance(t, Tensor) and t.numel() > 1 and bool(torch.any(t != t.flatten()[0])) for t in tensors)

@@ -1,0 +1,275 @@
+"""Find every norm layer in any model. Nothing else in renorm decides what a norm layer is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from renorm.errors import NoBatchNorm, UsageError
+from renorm.moments import Moments, as_float64
+
+Kind = Literal["batch", "layer", "group", "instance", "rms"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@runtime_checkable
+class Slotted(Protocol):
+    """A norm module that is several places: one per time step, or one per domain.
+
+    `slots()` names them. `slot_statistics(slot)` gives the mean and (unbiased) variance held for one, as views that may be
+    written in place. Before it normalises values for a slot in evaluation, the module calls `on_slot(slot, x)` where that is
+    set, x (n, C, *), and only then reads the slot's statistics.
+    """
+
+    on_slot: Callable[[str, Tensor], None] | None
+
+    def slots(self) -> Sequence[str]: ...
+    def slot_statistics(self, slot: str) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model where a norm layer stands, by dotted name; `name` ends in `@slot` where a module holds several.
+
+    `kind` is "batch", "layer", "group", "instance" or "rms"; `channels` is 0 while a lazy layer has not seen any;
+    `axis` is the dimension of its input that holds the channels.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    channels: int
+    slot: str | None = None
+    axis: int = 1
+
+    @property
+    def eps(self) -> float:
+        """What the layer adds to a variance before the root; torch's default, 1e-5, where it does not say."""
+        for name in ("eps", "epsilon", "variance_epsilon"):
+            value = getattr(self.module, name, None)
+            if isinstance(value, float | int):
+                return float(value)
+        return 1e-5
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor] | None:
+        """The running mean and running variance themselves, (C,) each; None where the layer holds none."""
+        if self.slot is not None:
+            return cast(Slotted, self.module).slot_statistics(self.slot)
+        return _statistics(self.module)
+
+    def statistics(self) -> Moments | None:
+        """The statistics the layer holds, as moments of unknown count (`math.inf`); None where it holds none."""
+        tensors = self.tensors
+        if tensors is None:
+            return None
+        mean, var = (as_float64(t.detach()).clone() for t in tensors)
+        return Moments(math.inf, mean, var)
+
+    def write_(self, moments: Moments) -> None:
+        """Let the layer hold `moments`: the mean and, as torch stores it, the unbiased variance (Keras: the biased one).
+
+        Raises UsageError where the layer holds no statistics, or a different number of channels.
+        """
+        tensors = self.tensors
+        if tensors is None:
+            raise UsageError(f"statistics were to be written at {self.name!r}, but the layer holds none.")
+        mean, var = tensors
+        if moments.mean.shape != mean.shape:
+            raise UsageError(
+                f"moments of {moments.mean.numel()} channels were to be written at {self.name!r}, "
+                f"which has {mean.numel()}; measure them on the same model."
+            )
+        # through .data: an open autograd graph that read the old values must not be told they changed under it
+        mean.data.copy_(moments.mean)
+        var.data.copy_(moments.var if self._stores_biased else moments.unbiased)
+
+    def normalise_by_(self, moments: Moments) -> None:
+        """Let the layer, in evaluation, normalise by exactly these moments: their biased variance, as training does.
+
+        For the length of a watched forward; what is to stay is written with `write_`.
+        """
+        tensors = self.tensors
+        if tensors is not None:
+            tensors[0].data.copy_(moments.mean)
+            tensors[1].data.copy_(moments.var)
+
+    @property
+    def _stores_biased(self) -> bool:
+        return hasattr(self.module, "moving_variance")  # Keras keeps the variance it normalises by
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every norm layer in `model`, each once, in the order modules were registered.
+
+    Wrappers (torch.compile, DistributedDataParallel, DataParallel, averaged and EMA models) are looked through and leave no
+    trace in the names; the model itself may be the layer (its name is then ""). A module registered twice is one site.
+    Nothing is changed, run or initialised.
+    """
+    return [site for name, module in walk(unwrap(model)) for site in _sites_of(name, module)]
+
+
+def batch_sites(model: nn.Module, *, asked: str) -> list[Site]:
+    """The batch norm sites of `model` that hold statistics.
+
+    Raises NoBatchNorm, naming what was `asked` for and which other norm layers there are, where no such site exists.
+    """
+    sites = find_sites(model)
+    found = [site for site in sites if site.kind == "batch" and site.tensors is not None]
+    if not found:
+        kinds = sorted({site.kind for site in sites})
+        others = (
+            f"it has {len(sites)} norm layers of kind {', '.join(kinds)}" if sites else "it has no norm layer at all"
+        )
+        lazy = " Run one batch through it first: its lazy layers hold nothing yet." if any(map(is_lazy, sites)) else ""
+        raise NoBatchNorm(
+            f"{asked} needs batch norm layers that hold running statistics; {type(unwrap(model)).__name__} has none "
+            f"({others}).{lazy} Layer, group and rms norm keep nothing that new data could make stale."
+        )
+    return found
+
+
+def select(
+    sites: Sequence[Site], *, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = ()
+) -> list[Site]:
+    """The sites whose name matches a pattern of `include` and none of `exclude` (shell patterns, case counts)."""
+    wanted, unwanted = ([p] if isinstance(p, str) else list(p) for p in (include, exclude))
+    return [
+        site
+        for site in sites
+        if any(fnmatchcase(site.name, p) for p in wanted) and not any(fnmatchcase(site.name, p) for p in unwanted)
+    ]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside any stack of torch.compile, DDP, DataParallel, averaged and EMA wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and not _WRAPPERS.isdisjoint(c.__name__ for c in type(model).__mro__):
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+_WRAPPERS = {  # by name, so that none of these has to be imported to be known
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "DataParallel",
+    "AveragedModel",
+    "ModelEmaV2",
+    "ModelEmaV3",
+    "ExponentialMovingAverage",
+}
+
+
+def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, with its dotted name, as `named_modules` does, and through Keras' own lists and inner compilations."""
+    seen: set[int] = set()
+
+    def below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in _children(module):
+            inner = getattr(child, "_orig_mod", child)
+            yield from below(f"{name}.{child_name}" if name else child_name, inner)
+
+    yield from below("", root)
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    layers = [layer for layer in getattr(module, "_layers", ()) if isinstance(layer, nn.Module)]
+    for name, child in module.named_children():
+        # Keras: `_functional` holds the same layers once more, `_torch_params` only tensors
+        if not (layers and name in ("_functional", "_torch_params")):
+            yield name, child
+    for layer in layers:
+        yield str(getattr(layer, "name", type(layer).__name__)), layer
+
+
+def _sites_of(name: str, module: nn.Module) -> Iterator[Site]:
+    if isinstance(module, Slotted):
+        for slot in module.slots():
+            mean, _ = module.slot_statistics(slot)
+            yield Site(f"{name}@{slot}", module, "batch", mean.numel(), slot)
+        return
+    kind = _kind(module)
+    if kind is not None:
+        yield Site(name, module, kind, _channels(module), axis=_axis(module, kind))
+
+
+def _kind(module: nn.Module) -> Kind | None:
+    name = type(module).__name__
+    if isinstance(module, _InstanceNorm) or name.startswith("InstanceNorm"):
+        return "instance"
+    if isinstance(module, _BatchNorm) or name.startswith("BatchNorm") or _statistics(module) is not None:
+        return "batch"
+    if isinstance(module, nn.RMSNorm) or re.search("rmsnorm", name, re.IGNORECASE) or name == "T5LayerNorm":
+        return "rms"
+    if isinstance(module, nn.GroupNorm) or name.startswith(("GroupNorm", "GroupNormalization")):
+        return "group"
+    if isinstance(module, nn.LayerNorm) or name.endswith(("LayerNorm", "LayerNormalization", "LayerNorm2d")):
+        return "layer"
+    return None
+
+
+def _statistics(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Running mean and variance by their names in torch and every frozen copy, or in Keras."""
+    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if mean is None and var is None:
+        mean, var = (getattr(getattr(module, n, None), "value", None) for n in ("moving_mean", "moving_variance"))
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or isinstance(mean, nn.UninitializedBuffer):
+        return None
+    return (mean, var) if mean.dim() == 1 and mean.shape == var.shape else None
+
+
+def _channels(module: nn.Module) -> int:
+    statistics = _statistics(module)
+    if statistics is not None:
+        return statistics[0].numel()
+    if isinstance(module, LazyModuleMixin) and cast(Any, module).has_uninitialized_params():
+        return 0
+    for name in ("num_features", "num_channels"):
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    shape = getattr(module, "normalized_shape", None)
+    if shape is not None:
+        return math.prod(shape if isinstance(shape, Sequence) else (shape,))
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        weight = getattr(getattr(module, "gamma", None), "value", None)  # Keras
+    return weight.numel() if isinstance(weight, Tensor) else 0
+
+
+def _axis(module: nn.Module, kind: Kind) -> int:
+    axis = getattr(module, "axis", None)  # Keras
+    if isinstance(axis, int):
+        return axis
+    if isinstance(axis, Sequence) and len(axis) == 1:
+        return int(axis[0])
+    channels_first = isinstance(module, _NormBase | nn.GroupNorm) or type(module).__name__.endswith("2d")
+    return 1 if kind in ("batch", "instance", "group") or channels_first else -1
+
+
+def is_lazy(site: Site) -> bool:
+    """Whether the site is a lazy layer that has not yet seen an input."""
+    return isinstance(site.module, LazyModuleMixin) and bool(cast(Any, site.module).has_uninitialized_params())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer is; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

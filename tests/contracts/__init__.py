@@ -1,0 +1,1 @@
+"""What every verb promises about every model of the zoo."""

@@ -1,0 +1,271 @@
+"""Room bench: rows survive interruption, shifts are the same bytes for the same seed, intervals cover, tables judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from renorm.bench import corruptions, recalibrate_table
+from renorm.bench.base import Cell, Row, Suite, catalogue, vary
+from renorm.bench.intervals import paired, ratio
+from renorm.bench.resample import some_classes
+from renorm.bench.runner import CellDone, Finished, Started, open_suite, run_suite
+from renorm.bench.store import Store
+from renorm.errors import DataError, UnknownName, UsageError
+from tests.data import shared
+
+
+class Squares(Suite):
+    """Squares numbers; as a test's suite it counts how often each cell was run, and can fail at one of them."""
+
+    name: ClassVar = "squares"
+    revision: ClassVar = 1
+    ran: ClassVar[list[int]] = []
+    fails_at: ClassVar[int | None] = None
+
+    def cells(self) -> Iterator[Cell]:
+        for number in range(5):
+            yield Cell.of(number=number)
+
+    def run_cell(self, cell: Cell) -> Mapping[str, float]:
+        if cell["number"] == self.fails_at:
+            raise KeyboardInterrupt
+        self.ran.append(cell["number"])
+        return {"square": cell["number"] ** 2}
+
+    def table(self, rows: Sequence[Row]) -> str:
+        return " ".join(str(int(row.values["square"])) for row in rows)
+
+
+@pytest.fixture
+def squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Squares:
+    monkeypatch.setattr(Squares, "ran", [])
+    return Squares(data=tmp_path)
+
+
+# ── the runner and its rows ──
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    squares: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Squares, "fails_at", 3)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_suite(squares, out=tmp_path, jobs=1))
+    monkeypatch.setattr(Squares, "fails_at", None)
+    events = list(run_suite(squares, out=tmp_path, jobs=1))
+    assert squares.ran == [0, 1, 2, 3, 4], "a finished cell was run again, or one was left out"
+    assert events[0] == Started("squares", total=5, done=3)
+    assert [event.done for event in events if isinstance(event, CellDone)] == [4, 5]
+    assert isinstance(events[-1], Finished)
+    assert events[-1].report.read_text().endswith("0 1 4 9 16\n")
+
+
+def test_a_row_torn_by_a_kill_is_run_again_and_spoils_no_other(squares: Squares, tmp_path: Path) -> None:
+    list(run_suite(squares, out=tmp_path, jobs=1))
+    file = tmp_path / "squares-quick.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])
+    squares.ran.clear()
+    text = next(event.text for event in run_suite(squares, out=tmp_path, jobs=1) if isinstance(event, Finished))
+    assert squares.ran == [4]
+    assert text.endswith("0 1 4 9 16\n")
+    assert len(Store(file, 1).rows(squares.cells())) == 5, "the new row was glued to the torn one"
+
+
+def test_a_new_revision_runs_every_cell_again(
+    squares: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(run_suite(squares, out=tmp_path, jobs=1))
+    monkeypatch.setattr(Squares, "revision", 2)
+    list(run_suite(squares, out=tmp_path, jobs=1))
+    assert squares.ran == [0, 1, 2, 3, 4] * 2
+
+
+def test_a_file_that_is_no_store_is_refused_by_line(squares: Squares, tmp_path: Path) -> None:
+    (tmp_path / "squares-quick.jsonl").write_text('{"revision": 1, "cell": 3}\n')
+    with pytest.raises(DataError, match=r"line 1 of .*squares-quick\.jsonl is no row of a benchmark"):
+        list(run_suite(squares, out=tmp_path, jobs=1))
+
+
+def test_rows_keep_the_types_of_their_factors(tmp_path: Path) -> None:
+    cell = Cell.of(images="all", classes=3, seed=0)
+    Store(tmp_path / "rows.jsonl", 1).add(Row(cell, {"error": 1.5}, 0.25))
+    assert Store(tmp_path / "rows.jsonl", 1).rows([cell]) == [Row(cell, {"error": 1.5}, 0.25)]
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["cell"] == {"images": "all", "classes": 3, "seed": 0}
+
+
+def test_the_report_says_how_it_was_made_and_nothing_about_this_machine(squares: Squares, tmp_path: Path) -> None:
+    finished = list(run_suite(squares, out=tmp_path / "results", jobs=1))[-1]
+    assert isinstance(finished, Finished)
+    assert "renorm bench squares --data DIR --size quick --seeds 3" in finished.text
+    assert "torch 2" in finished.text
+    assert "torch threads" in finished.text
+    assert str(tmp_path) not in finished.text
+
+
+def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
+    finished = list(run_suite(Squares(data=tmp_path), out=tmp_path, jobs=2))[-1]
+    assert isinstance(finished, Finished)
+    assert finished.text.endswith("0 1 4 9 16\n")
+    assert not list(tmp_path.glob(".*")), "a part of a file was left behind"
+
+
+def test_a_suite_that_measures_time_runs_alone(squares: Squares, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Squares, "timed", True)
+    with pytest.raises(UsageError, match=r"'squares' measures time, which 2 processes would spoil"):
+        next(run_suite(squares, jobs=2))
+    with pytest.raises(UsageError, match=r"jobs=0 was asked for"):
+        next(run_suite(squares, jobs=0))
+
+
+# ── suites ──
+
+
+def test_an_unknown_suite_or_size_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match=r"no suite 'recalibrat'; did you mean 'recalibrate'"):
+        open_suite("recalibrat", data=tmp_path)
+    with pytest.raises(UnknownName, match=r"no size 'small'"):
+        Squares(data=tmp_path, size="small")  # type: ignore[arg-type]
+
+
+def test_fewer_than_three_seeds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"needs 3 seeds or more, and got seeds=2"):
+        Squares(data=tmp_path, seeds=2)
+
+
+def test_a_wrong_data_folder_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"reads nets\.py.* in --data, and .* holds no such file"):
+        open_suite("recalibrate", data=tmp_path)
+    with pytest.raises(DataError, match=r"absent is no folder"):
+        open_suite("recalibrate", data=tmp_path / "absent")
+
+
+def test_every_suite_of_the_folder_is_in_the_catalogue_with_unique_cells() -> None:
+    suites = catalogue()
+    assert {"recalibrate", "speed"} <= suites.keys()
+    for suite in suites.values():
+        cells = list(suite(data=shared("README.md").parent).cells())
+        assert len({cell.key for cell in cells}) == len(cells) > 0
+
+
+def test_a_grid_varies_one_factor_at_a_time() -> None:
+    assert vary({"a": 1, "b": "x"}, a=(1, 2), b=("y",)) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}, {"a": 1, "b": "y"}]
+
+
+# ── shifts ──
+
+
+@pytest.fixture
+def images() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", list(corruptions.SMALL))
+def test_a_corruption_of_small_images_changes_them_the_same_way_every_time(
+    kind: str, images: NDArray[np.uint8]
+) -> None:
+    once, again = corruptions.small(images, kind, seed=1), corruptions.small(images, kind, seed=1)
+    assert once.dtype == np.uint8
+    np.testing.assert_array_equal(once, again)
+    assert np.array_equal(once, images) == (kind == corruptions.CLEAN)
+
+
+@pytest.mark.parametrize("kind", corruptions.PHOTOGRAPHS)
+def test_a_corruption_of_photographs_is_seeded_and_leaves_numpy_as_it_was(kind: str, images: NDArray[np.uint8]) -> None:
+    pytest.importorskip("cv2")
+    np.random.seed(3)
+    before = np.random.get_state()[1].tolist()
+    once = corruptions.photographs(images, kind, seed=1)
+    assert np.random.get_state()[1].tolist() == before
+    np.testing.assert_array_equal(corruptions.photographs(images, kind, seed=1)[1:2], once[1:2])
+    assert np.array_equal(once, images) == (kind == corruptions.CLEAN)
+
+
+def test_brightness_and_saturation_are_those_of_hsv(images: NDArray[np.uint8]) -> None:
+    color = pytest.importorskip("skimage.color")
+    images[0, 0, :2] = [[0, 0, 0], [128, 128, 128]]
+    for kind, channel, scale, offset in (("brightness", 2, 1.0, 0.3), ("saturate", 1, 2.5, 0.2)):
+        hsv = color.rgb2hsv(images / 255)
+        hsv[..., channel] = np.clip(scale * hsv[..., channel] + offset, 0, 1)
+        wanted = color.hsv2rgb(hsv) * 255
+        assert np.abs(corruptions.small(images, kind) - wanted).max() <= 1.001, kind  # the fraction is cut off
+
+
+def test_corruptions_refuse_unknown_kinds_and_other_images(images: NDArray[np.uint8]) -> None:
+    with pytest.raises(UnknownName, match=r"no corruption 'fogg'; did you mean 'fog'"):
+        corruptions.small(images, "fogg")
+    with pytest.raises(UsageError, match=r"want uint8 images \(N, H, W, 3\), and got float64 \(3, 32, 32, 3\)"):
+        corruptions.small(images / 255, "fog")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"severity of a corruption is 1 to 5, and 6"):
+        corruptions.photographs(images, "contrast", severity=6)
+
+
+def test_label_shift_keeps_the_same_classes_in_every_part() -> None:
+    labels = np.random.default_rng(0).integers(0, 10, 1000)
+    first, second = labels[:600], labels[600:]
+    for count in (1, 3, 5):
+        kept = some_classes(first, count, seed=2)
+        assert len(set(first[kept])) == count
+        assert set(first[kept]) == set(second[some_classes(second, count, seed=2)])
+    assert not np.array_equal(some_classes(first, 3, seed=0), some_classes(first, 3, seed=1))
+    with pytest.raises(UsageError, match=r"11 classes of 10 were asked for"):
+        some_classes(labels, 11, seed=0)
+
+
+# ── intervals and tables ──
+
+
+def test_a_paired_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    found = [paired(rng.normal(1.0, 2.0, 6)) for _ in range(2000)]
+    covered = np.mean([interval.low <= 1.0 <= interval.high for interval in found])
+    assert 0.935 <= covered <= 0.965
+    assert paired([2.0]).high == np.inf
+    assert paired([1.0, 1.0, 1.0]).text() == "+1.0 [+1.0, +1.0]"
+    with pytest.raises(UsageError, match="at least one pair"):
+        paired([])
+
+
+def test_a_ratio_of_means_is_no_mean_of_ratios() -> None:
+    found = ratio([1.0, 9.0], [2.0, 10.0])
+    assert found.mean == pytest.approx(10 / 12)
+    assert found.low <= found.mean <= found.high
+    with pytest.raises(UsageError, match="2 numerators and 1 denominators"):
+        ratio([1.0, 2.0], [1.0])
+
+
+def _row(way: str, error: float, *, shift: str = "fog", classes: int = 10, images: str | int = "all", seed: int) -> Row:
+    cell = Cell.of(bed="resnet20", shift=shift, images=images, classes=classes, seed=seed, way=way)
+    return Row(cell, {"error": error})
+
+
+def test_the_table_of_recalibrate_computes_its_verdicts() -> None:
+    rows = []
+    for seed in range(3):
+        errors = {"source": 60, "update_bn": 32, "fvcore": 33, "auto": 30 + seed / 10, "check": 31, "check_32": 58}
+        rows += [_row(way, error, seed=seed) for way, error in errors.items()]
+        harm = {"source": 20.0, "update_bn": 50.0, "check": 21.0, "profile": 20.0 - seed / 10}
+        rows += [_row(way, error, shift="as_it_is", classes=3, seed=seed) for way, error in harm.items()]
+    lines = recalibrate_table.table(rows).splitlines()
+
+    def verdict(start: str) -> str:
+        return next(line for line in lines if line.startswith(f"| {start}"))
+
+    assert verdict("all images: auto 1 point ahead").endswith("| -1.9 [-2.1, -1.7] against torch `update_bn` | pass |")
+    assert "1 of 1 cases above; worst +1.0 [+1.0, +1.0]" in verdict("harm cases")
+    assert verdict("harm cases").endswith("**miss** |")
+    assert verdict("auto, `check=` unlabelled: at least 70 %").endswith("pass |")
+    assert verdict("auto, `check=` 32 labels: at least 80 %").endswith("**miss** |")
+    assert verdict("`source=profile`: never worse").endswith("pass |")
+    assert verdict("some classes only").endswith("| -30.1 [-30.3, -29.9] against torch `update_bn` | pass |")
+
+
+def test_the_table_of_recalibrate_stands_with_rows_missing() -> None:
+    assert "## resnet20" in recalibrate_table.table([_row("source", 60.0, seed=0)])
+    assert "gain kept" not in recalibrate_table.table([])

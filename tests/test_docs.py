@@ -1,0 +1,61 @@
+"""Every ```python block of README.md and docs/ runs, in its order, in an empty folder.
+
+A page may prepare names that would only distract its reader, such as a model, in a comment: `<!-- python … -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from renorm import methods
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(
+    r"^(?:<!-- |```)python(?: title=\"(?P<file>[^\"]+)\")?\n(?P<code>.*?)^(?:```|-->)$", re.DOTALL | re.MULTILINE
+)
+
+
+def blocks(page: Path) -> list[tuple[str | None, int, str]]:
+    """File title (or None), line and code of every python block of `page`."""
+    text = page.read_text(encoding="utf-8")
+    return [(m["file"], text.count("\n", 0, m.start("code")), m["code"]) for m in BLOCK.finditer(text)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page, one story: the blocks share their names. A block with a title is a file, written where it says: in
+    an empty folder, whose src/renorm/methods is scanned beside the real one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "src/renorm/methods")])
+    before = set(sys.modules)
+    names: dict[str, object] = {"__name__": "__main__"}
+    try:
+        for file, line, code in blocks(page):
+            if file:
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
+                Path(file).write_text(code, encoding="utf-8")
+            else:
+                # Empty lines before the code: a traceback then names the line of the page.
+                exec(compile("\n" * line + code, page, "exec"), names)
+    finally:
+        for module in set(sys.modules) - before:
+            if module.startswith("renorm.methods."):
+                del sys.modules[module]
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_map_of_the_house_names_every_room_that_stands() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in (ROOT / "src" / "renorm").iterdir() if path.suffix == ".py"}
+    folders = {path.name + "/" for path in (ROOT / "src" / "renorm").iterdir() if any(path.glob("*.py"))}
+    assert {room for room in rooms | folders if f"\n    {room} " not in page} == set()
