@@ -14,7 +14,7 @@ SOURCES := src tests
 # One thread for each test process: JOBS processes with a thread for every core each would only wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test check bench lock clean
+.PHONY: demo test check bench stubs lock clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/core.stamp
@@ -47,6 +47,12 @@ $(VENV)/test.stamp: $(VENV)/core.stamp
 $(VENV)/dev.stamp: $(VENV)/test.stamp
 	$(INSTALL) --editable '.[dev]'
 	touch $@
+
+# What type checkers are told of the methods' folder, which they cannot scan.
+stubs: $(VENV)/core.stamp
+	$(BIN)/python -c "from renorm.family import stub; from renorm.methods.base import Method; \
+	print(stub('renorm.methods', Method), end='')" > $(VENV)/stub
+	mv $(VENV)/stub src/renorm/methods/__init__.pyi
 
 # Take the newest versions of everything, then run the tests before committing the new constraints.
 lock:

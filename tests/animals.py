@@ -81,6 +81,18 @@ class LookAlike(nn.Module):
         return x
 
 
+class BatchNormReLU(nn.Module):
+    """Named like a norm, but only holds one; has an attribute that Keras uses for its own lists."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self._layers = 2
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x).relu()
+
+
 class Functional(nn.Module):
     """Calls F.batch_norm with buffers under names of its own; beside it one norm that can be found."""
 

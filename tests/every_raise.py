@@ -7,6 +7,7 @@ RenormError was made there: the command line turns those into a message and an e
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,25 +20,30 @@ SOURCE = Path(__file__).parents[1] / "src" / "renorm"
 
 Place = tuple[str, int]  # file, relative to SOURCE; line
 
+# A child process sends its error as text: torch.multiprocessing puts the child's traceback into the message.
+TRACED = re.compile(r'File "([^"]+)", line (\d+)')
+
 
 def raises_in(source: Path) -> Iterator[tuple[str, int, int, str]]:
-    """File, first line, last line and text of every `raise X` under `source`; a bare re-raise says nothing new."""
+    """File, first line, last line and text of every `raise` under `source` that makes an error, not passes one on."""
     for file in sorted(source.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and node.exc is not None and not _ends_the_program(node.exc):
+            if isinstance(node, ast.Raise) and node.exc is not None and _makes_an_error(node.exc):
                 last = node.end_lineno or node.lineno
                 yield file.relative_to(source).as_posix(), node.lineno, last, ast.unparse(node.exc)
 
 
-def _ends_the_program(error: ast.expr) -> bool:
-    return isinstance(error, ast.Call) and isinstance(error.func, ast.Name) and error.func.id == "SystemExit"
+def _makes_an_error(raised: ast.expr) -> bool:
+    if isinstance(raised, ast.Name):  # `raise failure` passes on what was caught; `raise StopIteration` makes one
+        return raised.id[:1].isupper()
+    return "SystemExit" not in ast.unparse(raised)
 
 
 def unreached(source: Path, reached: set[Place]) -> list[str]:
     """One line for each `raise` under `source` none of whose lines is in `reached`."""
     return [
         f"{file}:{first}: raise {text[:90]}"
-        for file, first, last, text in raises_in(source)
+        for file, first, last, text in sorted(raises_in(source))
         if not any((file, line) in reached for line in range(first, last + 1))
     ]
 
@@ -75,6 +81,8 @@ class EveryRaise:
 
     def _chain(self, error: BaseException | None) -> None:
         while error is not None:
+            for file, line in TRACED.findall(str(error)):
+                self._add(file, int(line))
             trace = error.__traceback__
             while trace is not None:
                 self._add(trace.tb_frame.f_code.co_filename, trace.tb_lineno)

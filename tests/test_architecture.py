@@ -13,31 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from renorm.family import stub
+from renorm.methods.base import Method, catalogue
 from tests.every_raise import raises_in, unreached
 
 PACKAGE = Path(__file__).parents[1] / "src" / "renorm"
 
 # In import order: a room imports only rooms that stand before it. docs/architecture.md draws the same list.
 ROOMS = (
-    # numbers: tensors in, tensors out
-    *("errors", "moments", "shift", "affine"),
+    # words, and numbers: tensors in, tensors out
+    *("errors", "family", "moments", "shift", "affine"),
     # model: nn.Module, no data
     *("layers", "sites", "state", "surgery", "policy", "split"),
     # model + batches
-    *(
-        "calls",
-        "observe",
-        "evaluate",
-        "verify",
-        "trust",
-        "profile",
-        "files",
-        "provenance",
-        "checkpoints",
-        "guard",
-        "methods",
-    ),
-    *("recalibrate", "regularisers", "finetune", "lean", "graph", "fold", "export", "adapters", "watch"),
+    *("calls", "observe", "evaluate", "verify", "trust", "files", "provenance", "checkpoints", "profile", "guard"),
+    *("methods", "recalibrate", "regularisers", "finetune", "lean", "graph", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
     *("rules", "doctor", "recommend"),
     # edges: files, screens, users
@@ -188,15 +178,21 @@ def test_every_public_name_is_documented() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_file_of_a_family_is_in_its_catalogue_and_in_the_stub(family: str) -> None:
-    base = importlib.import_module(f"renorm.{family}.base")
-    members = base.catalogue()
-    files = {file.stem for file in (PACKAGE / family).glob("*.py")} - {"base", "__init__", "catalogue"}
+def test_every_file_of_a_family_is_in_its_catalogue(family: str) -> None:
+    members = importlib.import_module(f"renorm.{family}.base").catalogue()
+    files = {file.stem for file in (PACKAGE / family).glob("*.py")} - {"base", "__init__"}
     homes = {member.__module__.rpartition(".")[2] for member in members.values()}
     assert homes == files, "each file of a family holds a member, and each member has its file"
-    stub = PACKAGE / family / "catalogue.pyi"
-    if stub.exists():
-        assert all(f'"{name}"' in stub.read_text(encoding="utf-8") for name in members)
+
+
+def test_type_checkers_are_told_the_methods_that_the_folder_holds() -> None:
+    methods = importlib.import_module("renorm.methods")
+    told = stub("renorm.methods", Method)  # type: ignore[type-abstract]
+    assert (PACKAGE / "methods" / "__init__.pyi").read_text(encoding="utf-8") == told, "run `make stubs`"
+    for method in catalogue().values():
+        assert getattr(methods, method.__name__) is method
+    with pytest.raises(AttributeError, match=r"'renorm\.methods' has no attribute 'Nothing'"):
+        _ = methods.Nothing
 
 
 COST = """
@@ -226,19 +222,21 @@ def test_importing_renorm_costs_little_more_than_torch() -> None:
     pytest.fail(f"import renorm takes {min(seconds):.2f} s after torch; the limit is 0.3 s")
 
 
-def test_every_pytest_raises_says_what_it_matches() -> None:
+def test_every_pytest_raises_looks_at_the_message() -> None:
+    silent = ("KeyboardInterrupt", "SystemExit")  # these carry none
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         for node in ast.walk(tree_of(file)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.raises":
-                if ast.unparse(node.args[0]) in ("KeyboardInterrupt", "SystemExit"):
-                    continue  # these carry no message
-                assert any(k.arg == "match" for k in node.keywords), f"{file.name}:{node.lineno}: raises without match="
+            for item in node.items if isinstance(node, ast.With) else ():
+                call = item.context_expr
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.raises":
+                    looks = item.optional_vars or any(keyword.arg == "match" for keyword in call.keywords)
+                    assert looks or ast.unparse(call.args[0]) in silent, f"{file.name}:{node.lineno}: add match="
 
 
 def test_a_raise_that_no_test_reaches_is_listed(tmp_path: Path) -> None:
     (tmp_path / "room.py").write_text(
         "def f(x):\n    if x:\n        raise ValueError(\n            'one'\n        )\n    try:\n        f(1)\n"
-        "    except ValueError:\n        raise\n    raise KeyError('two')\n"
+        "    except ValueError as error:\n        raise error\n    raise KeyError('two')\n"
     )
     assert sorted(first for _, first, _, _ in raises_in(tmp_path)) == [3, 10]
     assert unreached(tmp_path, {("room.py", 4)}) == ["room.py:10: raise KeyError('two')"]

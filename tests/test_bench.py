@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from renorm.bench import corruptions, recalibrate_table
+from renorm.bench import corruptions, recalibrate_table, speed_table
 from renorm.bench.base import Cell, Row, Suite, catalogue, vary
+from renorm.bench.beds import BEDS
 from renorm.bench.intervals import paired, ratio
 from renorm.bench.resample import some_classes
 from renorm.bench.runner import CellDone, Finished, Started, open_suite, run_suite
@@ -87,6 +90,13 @@ def test_a_new_revision_runs_every_cell_again(
     assert squares.ran == [0, 1, 2, 3, 4] * 2
 
 
+def test_a_report_admits_rows_of_different_code(squares: Squares, tmp_path: Path) -> None:
+    Store(tmp_path / "squares-quick.jsonl", 1).add(Row(Cell.of(number=0), {"square": 0}, code="0ld"))
+    finished = list(run_suite(squares, out=tmp_path, jobs=1))[-1]
+    assert isinstance(finished, Finished)
+    assert "rows of 2 states of the code: 0ld, " in finished.text
+
+
 def test_a_file_that_is_no_store_is_refused_by_line(squares: Squares, tmp_path: Path) -> None:
     (tmp_path / "squares-quick.jsonl").write_text('{"revision": 1, "cell": 3}\n')
     with pytest.raises(DataError, match=r"line 1 of .*squares-quick\.jsonl is no row of a benchmark"):
@@ -95,8 +105,8 @@ def test_a_file_that_is_no_store_is_refused_by_line(squares: Squares, tmp_path: 
 
 def test_rows_keep_the_types_of_their_factors(tmp_path: Path) -> None:
     cell = Cell.of(images="all", classes=3, seed=0)
-    Store(tmp_path / "rows.jsonl", 1).add(Row(cell, {"error": 1.5}, 0.25))
-    assert Store(tmp_path / "rows.jsonl", 1).rows([cell]) == [Row(cell, {"error": 1.5}, 0.25)]
+    Store(tmp_path / "rows.jsonl", 1).add(Row(cell, {"error": 1.5}, 0.25, "c0de"))
+    assert Store(tmp_path / "rows.jsonl", 1).rows([cell]) == [Row(cell, {"error": 1.5}, 0.25, "c0de")]
     assert json.loads((tmp_path / "rows.jsonl").read_text())["cell"] == {"images": "all", "classes": 3, "seed": 0}
 
 
@@ -106,6 +116,7 @@ def test_the_report_says_how_it_was_made_and_nothing_about_this_machine(squares:
     assert "renorm bench squares --data DIR --size quick --seeds 3" in finished.text
     assert "torch 2" in finished.text
     assert "torch threads" in finished.text
+    assert re.search(r"minutes of computing, code [0-9a-f]{8}\.", finished.text)
     assert str(tmp_path) not in finished.text
 
 
@@ -218,6 +229,35 @@ def test_label_shift_keeps_the_same_classes_in_every_part() -> None:
         some_classes(labels, 11, seed=0)
 
 
+# ── beds, on real data ──
+
+
+@pytest.mark.parametrize("name", list(BEDS))
+def test_images_that_adapt_are_never_measured_nor_known_to_the_source(name: str) -> None:
+    bed = BEDS[name](shared("nets.py").parent, 300, 150)
+    for seed in (0, 1):
+        parts = [bed.source(seed=seed), *(part(corruptions.CLEAN, seed=seed) for part in (bed.pool, bed.held_out))]
+        images = [{x.numpy().tobytes() for x in part.inputs} for part in parts]
+        assert [len(part.labels) for part in parts[1:]] == [300, 150]
+        assert not (images[0] & images[1])
+        assert not (images[0] & images[2])
+        assert not (images[1] & images[2])
+    assert not torch.equal(bed.pool(corruptions.CLEAN, seed=0).inputs, bed.pool(corruptions.CLEAN, seed=1).inputs)
+
+
+def test_a_cell_of_real_data_finds_re_estimation_to_help_at_low_contrast() -> None:
+    suite = catalogue()["recalibrate"](data=shared("nets.py").parent)
+    images = {"source": "all", "prior_0": 64}
+    cells = [
+        Cell.of(bed="resnet20", shift="contrast", images=count, classes=10, seed=0, way=way)
+        for way, count in images.items()
+    ]
+    source, ours = (suite.run_cell(cell) for cell in cells)
+    assert set(cells) <= set(suite.cells())
+    assert ours["images"] == 64
+    assert ours["error"] < source["error"] - 20
+
+
 # ── intervals and tables ──
 
 
@@ -269,3 +309,27 @@ def test_the_table_of_recalibrate_computes_its_verdicts() -> None:
 def test_the_table_of_recalibrate_stands_with_rows_missing() -> None:
     assert "## resnet20" in recalibrate_table.table([_row("source", 60.0, seed=0)])
     assert "gain kept" not in recalibrate_table.table([])
+
+
+def test_the_table_of_speed_takes_medians_against_the_faster_peer() -> None:
+    rows = [
+        Row(
+            Cell.of(part="equal images", on="resnet18", seed=seed),
+            {"update_bn": 4.0, "fvcore": 2.0, "ours_off": 1.9, "ours_on": on, "ours_auto": 2.0},
+        )
+        for seed, on in enumerate((2.0, 2.4, 3.0))
+    ]
+    values = {"update_bn seconds": 10.0, "update_bn images": 4000, "update_bn error": 30.0}
+    values |= {"0.05 seconds": 1.0, "0.05 images": 200, "0.05 error": 30.5}
+    rows += [Row(Cell.of(part="equal error", on="fog", seed=seed), values) for seed in range(3)]
+    lines = speed_table.table(rows).splitlines()
+    assert next(x for x in lines if "certainty off" in x).endswith(
+        "| 0.95 (0.95–0.95) against fvcore, 3 turns | pass |"
+    )
+    assert next(x for x in lines if "certainty on" in x).endswith(
+        "| 1.20 (1.00–1.50) against fvcore, 3 turns | **miss** |"
+    )
+    assert next(x for x in lines if "tolerance 0.05" in x).endswith(
+        "| 10.00 (10.00–10.00) times; +0.50 [+0.50, +0.50] points | **miss** |"
+    )
+    assert "## Targets" in speed_table.table([])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from renorm import methods
+from renorm.methods.base import catalogue
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,6 +33,7 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     an empty folder, whose src/renorm/methods is scanned beside the real one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "src/renorm/methods")])
+    catalogue.cache_clear()
     before = set(sys.modules)
     names: dict[str, object] = {"__name__": "__main__"}
     try:
@@ -43,6 +45,7 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
                 # Empty lines before the code: a traceback then names the line of the page.
                 exec(compile("\n" * line + code, page, "exec"), names)
     finally:
+        catalogue.cache_clear()
         for module in set(sys.modules) - before:
             if module.startswith("renorm.methods."):
                 del sys.modules[module]

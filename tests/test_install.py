@@ -71,7 +71,17 @@ def test_the_installed_package_tells_its_story_from_an_empty_folder(installed: P
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert set(told) == {"schema", "version", "command", "model", "data", "result"}
+    assert told["command"] == "demo"
     assert list(tmp_path.iterdir()) == [], "the demo leaves nothing behind"
+
+    targets = told["result"]["targets"]
+    contrast, inverted = targets["low contrast"], targets["inverted"]
+    assert contrast["accepted"]
+    assert contrast["after"]["value"] > contrast["before"]["value"] + 0.3
+    assert not inverted["accepted"]
+    assert inverted["why"]
+    assert inverted["after"]["value"] == inverted["before"]["value"]
+    assert all(target["undo_exact"] for target in targets.values())
 
 
 def test_the_console_script_answers(installed: Path, tmp_path: Path) -> None:

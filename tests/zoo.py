@@ -348,6 +348,9 @@ CASES: list[Case] = [
     ),
     Case("no-norm", lambda: lived(convs(nn.Identity())), ()),
     Case("look-alike", lambda: lived(convs(animals.LookAlike(), nn.BatchNorm2d(4))), _one("4")),
+    Case(
+        "named-like-a-norm", lambda: lived(convs(animals.BatchNormReLU(4), nn.BatchNorm2d(4))), _one("1.bn") + _one("4")
+    ),
     Case("functional", lambda: lived(animals.Functional()), _one("bn"), tags=_tags("functional")),
     # ── frozen copies, libraries ──
     Case("frozen-four", lambda: lived(convs(animals.FrozenInFour(4), nn.BatchNorm2d(4))), PLAIN),

@@ -74,7 +74,7 @@ class Caller:
         device = torch.device(self.device) if self.device is not None else device_of(model)
         call = read(batch, model=None if self.forward else model)
         moved = self._moved(batch if self.forward else (call.args, call.kwargs), device)
-        _refuse_non_finite(moved, index)
+        _refuse_non_finite((call.args, call.kwargs), index)  # labels may be missing, and NaN
         if call.samples == 0:
             raise BatchError(f"batch {index} holds no samples; leave empty batches out of the loader.")
         try:
@@ -109,7 +109,7 @@ class Caller:
 
     def _logits(self, output: Any) -> Tensor | None:
         if callable(self.output):
-            return self.output(output)
+            return _as_tensor(self.output(output))
         if self.output is not None:
             try:
                 part = getattr(output, str(self.output)) if _has_field(output, self.output) else output[self.output]
@@ -159,9 +159,11 @@ def read(batch: Any, *, model: nn.Module | None = None) -> Call:
 def several_passes(batches: Iterable[Any], *, asked: str) -> Iterable[Any]:
     """`batches`, if it can be read more than once.
 
-    Raises OneShot, saying what was `asked` for, when it is an iterator, which would be empty the second time.
+    Raises OneShot, saying what was `asked` for, when it is an iterator, which would be empty the second time; UsageError
+    where it is no iterable of batches.
     """
-    if iter(batches) is batches:
+    _refuse_other_than_batches(batches, asked)
+    if isinstance(batches, Iterator):
         raise OneShot(
             f"{asked} reads its batches several times, but was given a {type(batches).__name__}, which can be read once; "
             "pass a list or a DataLoader."
@@ -170,7 +172,23 @@ def several_passes(batches: Iterable[Any], *, asked: str) -> Iterable[Any]:
 
 
 def nonempty(batches: Iterable[Any], *, asked: str, required: bool = True) -> Iterator[tuple[int, Any]]:
-    """The batches with their index. Raises BatchError where there is none, UsageError where `batches` is no iterable."""
+    """The batches with their index.
+
+    Raises UsageError where `batches` is no iterable of batches, BatchError where there is none in it and one is `required`.
+    """
+    _refuse_other_than_batches(batches, asked)
+    numbered = enumerate(batches)
+    first = next(numbered, None)
+    if first is None:
+        if required:
+            raise BatchError(
+                f"{asked} was given batches, but there was none in them; check the loader (an iterator read before?)."
+            )
+        return numbered
+    return itertools.chain([first], numbered)
+
+
+def _refuse_other_than_batches(batches: Any, asked: str) -> None:
     if isinstance(batches, str | bytes | nn.Module) or not isinstance(batches, Iterable):
         raise UsageError(
             f"{asked} takes an iterable of batches, such as a list or a DataLoader; got {type(batches).__name__}."
@@ -180,13 +198,6 @@ def nonempty(batches: Iterable[Any], *, asked: str, required: bool = True) -> It
         raise UsageError(
             f"{asked} takes an iterable of batches; got one tensor of shape {tuple(batches.shape)}: put it in a list."
         )
-    numbered = enumerate(batches)
-    first = next(numbered, None)
-    if first is None:
-        raise BatchError(
-            f"{asked} was given batches, but there was none in them; check the loader (an iterator read before?)."
-        )
-    return itertools.chain([first], numbered)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

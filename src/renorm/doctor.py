@@ -26,7 +26,8 @@ class Diagnosis:
 
     findings   worst first; empty where nothing is wrong
     shifts     per site, how far the data lie from the statistics it holds
-    distances  per site, `shifts` in one number: source sd, sampling error taken off; worst first
+    distances  per site, `shifts` in one number: source sd, sampling error taken off; worst first; without sites whose
+               statistics were never estimated
     unvisited  batch norm sites that no batch reached
     sites      every norm layer of the model, of any kind
     samples    how many samples were looked at; 0 without data

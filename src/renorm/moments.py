@@ -72,12 +72,15 @@ class Moments:
         share = other.count / count
         return self._mix(other, share, cross_term=True, count=count)
 
-    def blend(self, target: Moments, *, source_weight: float | Tensor, cross_term: bool = True) -> Moments:
+    def blend(
+        self, target: Moments, *, source_weight: float | Tensor, cross_term: bool = True, geometric: bool = False
+    ) -> Moments:
         """These moments, counted `source_weight`, mixed with `target`'s, counted the rest; the count is the target's.
 
         With w = `source_weight` the mean is `w μs + (1−w) μt` and the variance `w σs² + (1−w) σt² + w(1−w)(μs−μt)²`: the
         moments of a population that is w source. `cross_term=False` leaves the last term out, as Schneider et al. 2020
-        (eq. 4) and most of the literature do. w = 1 gives the source, w = 0 the target, either way.
+        (eq. 4) and most of the literature do; `geometric=True` takes `σs²^w · σt²^(1−w)` instead, which is halfway in scale
+        at w = ½ however far apart the two are. w = 1 gives the source, w = 0 the target, whichever is chosen.
 
         Shapes: source_weight a number or (C,), within [0, 1].
         Raises UsageError for a weight outside [0, 1].
@@ -85,7 +88,10 @@ class Moments:
         weight = torch.as_tensor(source_weight, dtype=torch.float64, device=self.mean.device)
         if not bool(((weight >= 0) & (weight <= 1)).all()):
             raise UsageError(f"source_weight is a share of the source in [0, 1]; got {source_weight}.")
-        return self._mix(target, 1 - weight, cross_term=cross_term, count=target.count)
+        mixed = self._mix(target, 1 - weight, cross_term=cross_term, count=target.count)
+        if geometric:
+            return Moments(target.count, mixed.mean, self.var.pow(weight) * target.var.pow(1 - weight))
+        return mixed
 
     def _mix(self, other: Moments, share: float | Tensor, *, cross_term: bool, count: float) -> Moments:
         gap = other.mean - self.mean

@@ -97,7 +97,10 @@ def observing(
         for index, batch in nonempty(batches, asked="observe", required=_ranks() == 1):
             with _FunctionalCalls(sites) if index == 0 else ExitStack() as watch:
                 samples += caller.run(model, batch, index=index).samples
-            for tensor, kept in held:  # a quantisation-aware conv reads its batch norm's statistics before they are lent
+            for (
+                tensor,
+                kept,
+            ) in held:  # a quantisation-aware conv reads its batch norm's statistics before they are lent
                 tensor.data.copy_(kept)
             functional = watch.count if isinstance(watch, _FunctionalCalls) else functional
             ordered = {site.name: seen[site.name] for site in sites if site.name in seen}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -79,11 +80,12 @@ class Preprocessing:
         height, width = images.shape[-2:]
         if (height, width) == (high, wide):
             return images
-        scale = max(high / height, wide / width) / self.crop
-        size = (max(high, round(height * scale)), max(wide, round(width * scale)))
+        scale = max(math.floor(high / self.crop) / height, math.floor(wide / self.crop) / width)
+        # torchvision cuts a fraction of a pixel off, it does not round; the tiny addition is for 19.999…
+        size = (max(high, int(height * scale + 1e-6)), max(wide, int(width * scale + 1e-6)))
         mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
         resized = F.interpolate(images, size, mode=mode, antialias=True).clamp(0, 1)  # bicubic overshoots at edges
-        top, left = (size[0] - high) // 2, (size[1] - wide) // 2
+        top, left = round((size[0] - high) / 2), round((size[1] - wide) / 2)
         return resized[..., top : top + high, left : left + wide]
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from renorm.calls import Caller, Forward, Output, several_passes
 from renorm.errors import BatchError, UsageError
 from renorm.evaluate import METRICS, Outputs, collect
-from renorm.methods.base import Estimate, Method, build
+from renorm.methods.base import Method, build
+from renorm.moments import Moments
 from renorm.profile import Profile
 from renorm.shift import Shift
 from renorm.sites import Site, batch_sites, select
@@ -110,12 +111,21 @@ def recalibrate_(
     undo = Undo("recalibrate_", {site.name: site.module for site in sites})
     try:
         held = {site.name: site.statistics() for site in sites}
-        _write(sites, estimate)
+        shifts = {
+            name: Shift.between(known, estimate.target[name])
+            for name, known in held.items()
+            if known and name in estimate.target
+        }
         accepted, why, verdict = True, "no check was asked for", None
         if check is not None and before is not None:
+            unlabelled = before.labels is None
+            judged = estimate.unblended if unlabelled and estimate.unblended is not None else estimate.moments
+            _write(sites, judged, estimate.batches)
             after = collect(model, check, caller=caller, asked="check=")
-            accepted, why, verdict = _judge(before, after, profile)
-        if not accepted:
+            accepted, why, verdict = _judge(before, after, profile, shifts)
+        if accepted:
+            _write(sites, estimate.moments, estimate.batches)
+        else:
             undo.restore_()
     except BaseException:
         undo.restore_()
@@ -127,11 +137,7 @@ def recalibrate_(
         samples=estimate.samples,
         passes=estimate.passes,
         unvisited=estimate.unvisited,
-        shifts={
-            name: Shift.between(known, estimate.target[name])
-            for name, known in held.items()
-            if known and name in estimate.target
-        },
+        shifts=shifts,
         weights=dict(estimate.weights),
         trust=verdict,
         notes=estimate.notes,
@@ -152,29 +158,32 @@ def _method(
     return build(name, given)
 
 
-def _write(sites: list[Site], estimate: Estimate) -> None:
+def _write(sites: list[Site], moments: Mapping[str, Moments], batches: int) -> None:
     for site in sites:
-        moments = estimate.moments.get(site.name)
-        if moments is None:
+        found = moments.get(site.name)
+        if found is None:
             continue
-        if not bool(torch.isfinite(moments.mean).all() & torch.isfinite(moments.var).all()):
+        if not bool(torch.isfinite(found.mean).all() & torch.isfinite(found.var).all()):
             raise BatchError(
                 f"the statistics measured at {site.name!r} are not finite: activations overflow on these batches. "
                 "Check the inputs' scale, or run in float32."
             )
-        site.write_(moments)
+        site.write_(found)
         counter = getattr(site.module, "num_batches_tracked", None)
         if isinstance(counter, torch.Tensor):
-            counter.data.fill_(estimate.batches)  # what momentum=None goes on averaging from
+            counter.data.fill_(batches)  # what momentum=None goes on averaging from
 
 
-def _judge(before: Outputs, after: Outputs, profile: Profile | None) -> tuple[bool, str, Trust | None]:
+def _judge(
+    before: Outputs, after: Outputs, profile: Profile | None, shifts: Mapping[str, Shift]
+) -> tuple[bool, str, Trust | None]:
     if before.labels is not None and after.labels is not None:
-        was, now = METRICS["accuracy"](before.logits, before.labels), METRICS["accuracy"](after.logits, after.labels)
-        return (
-            now >= was,
-            f"on {len(before.labels)} labelled check samples accuracy went from {was:.1%} to {now:.1%}",
-            None,
-        )
-    verdict = trust(before.logits, after.logits, source=profile)
+        was, now = (METRICS["accuracy"](o.logits, o.labels) for o in (before, after))
+        why = f"on {len(before.labels)} labelled check samples accuracy went from {was:.1%} to {now:.1%}"
+        if now != was:
+            return now > was, why, None
+        was, now = (METRICS["nll"](o.logits, o.labels) for o in (before, after))
+        return now <= was, f"{why}, and the mean negative log likelihood from {was:.3g} to {now:.3g}", None
+    moved = sum(shift.moved for shift in shifts.values()) / max(1, len(shifts))
+    verdict = trust(before.logits, after.logits, source=profile, moved=moved)
     return verdict.better, verdict.why, verdict

@@ -190,7 +190,8 @@ def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    layers = [layer for layer in getattr(module, "_layers", ()) if isinstance(layer, nn.Module)]
+    keras = hasattr(module, "_flatten_layers")
+    layers = [layer for layer in module._layers if isinstance(layer, nn.Module)] if keras else []
     for name, child in module.named_children():
         # Keras: `_functional` holds the same layers once more, `_torch_params` only tensors
         if not (layers and name in ("_functional", "_torch_params")):
@@ -211,18 +212,30 @@ def _sites_of(name: str, module: nn.Module) -> Iterator[Site]:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    name = type(module).__name__
-    if isinstance(module, _InstanceNorm) or name.startswith("InstanceNorm"):
-        return "instance"
-    if isinstance(module, _BatchNorm) or name.startswith("BatchNorm") or _statistics(module) is not None:
+    for kind, classes in _CLASSES.items():
+        if isinstance(module, classes):
+            return kind
+    if _statistics(module) is not None:
         return "batch"
-    if isinstance(module, nn.RMSNorm) or re.search("rmsnorm", name, re.IGNORECASE) or name == "T5LayerNorm":
-        return "rms"
-    if isinstance(module, nn.GroupNorm) or name.startswith(("GroupNorm", "GroupNormalization")):
-        return "group"
-    if isinstance(module, nn.LayerNorm) or name.endswith(("LayerNorm", "LayerNormalization", "LayerNorm2d")):
-        return "layer"
-    return None
+    # other libraries' own layers, by name; a block named after the norm layer inside it is no second one
+    kind = next((kind for kind, pattern in _NAMES.items() if re.search(pattern, type(module).__name__)), None)
+    return kind if kind is not None and not any(_kind(m) for m in module.children()) else None
+
+
+_CLASSES: dict[Kind, type | tuple[type, ...]] = {
+    "instance": _InstanceNorm,
+    "batch": _BatchNorm,
+    "rms": nn.RMSNorm,
+    "group": nn.GroupNorm,
+    "layer": nn.LayerNorm,
+}
+_NAMES: dict[Kind, str] = {
+    "instance": "^InstanceNorm",
+    "batch": "^BatchNorm",
+    "rms": "(?i:rms)_?[Nn]orm|^T5LayerNorm$|^RMSNormalization$",
+    "group": "^GroupNorm",
+    "layer": "LayerNorm(alization|2d)?$",
+}
 
 
 def _statistics(module: nn.Module) -> tuple[Tensor, Tensor] | None:

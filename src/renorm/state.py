@@ -112,7 +112,9 @@ class Undo:
     def __init__(self, label: str, modules: dict[str, nn.Module], *, parameters: bool = False) -> None:
         self.label = label
         self._modules = modules
-        self._snapshot: Snapshot | None = Snapshot(modules.values(), parameters=parameters)
+        # with what is below them: Keras keeps a layer's statistics in a module of their own
+        below = {id(m): m for module in modules.values() for _, m in walk(module)}
+        self._snapshot: Snapshot | None = Snapshot(below.values(), parameters=parameters)
         for module in modules.values():
             _open_changes.setdefault(module, []).append(ref(self))
 

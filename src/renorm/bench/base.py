@@ -6,13 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from inspect import isabstract
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any, ClassVar, Literal
 
 from renorm.errors import DataError, UnknownName, UsageError
+from renorm.family import members
 
 __all__ = ["SIZES", "Cell", "Row", "Size", "Suite", "Value", "catalogue", "vary"]
 
@@ -48,11 +46,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """What running one cell gave: a number for each name, and the seconds it took."""
+    """What running one cell gave: a number for each name, the seconds it took, and which state of the code made it."""
 
     cell: Cell
     values: Mapping[str, float]
     seconds: float = 0.0
+    code: str = ""
 
 
 def vary(default: Mapping[str, Value], **others: Sequence[Value]) -> list[dict[str, Value]]:
@@ -119,13 +118,4 @@ def _some(names: Sequence[str]) -> str:
 @cache
 def catalogue() -> dict[str, type[Suite]]:
     """Every suite in this folder, by the name that the command line uses."""
-    package = import_module(__package__ or "renorm.bench")
-    modules = [import_module(f"{package.__name__}.{found.name}") for found in iter_modules(package.__path__)]
-    suites = [
-        thing
-        for module in modules
-        for thing in vars(module).values()
-        if isinstance(thing, type) and issubclass(thing, Suite) and not isabstract(thing)
-        if thing.__module__ == module.__name__
-    ]
-    return {suite.name: suite for suite in sorted(suites, key=lambda suite: suite.name)}
+    return members("renorm.bench", Suite)

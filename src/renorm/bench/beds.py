@@ -178,7 +178,6 @@ class MobileNetVWW(Bed):
     shifts = (
         corruptions.CLEAN,
         "gaussian_noise",
-        "shot_noise",
         "defocus_blur",
         "motion_blur",
         "snow",

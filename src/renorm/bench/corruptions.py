@@ -123,7 +123,7 @@ def _defocus_blur(x: Unit, rng: Generator) -> Unit:
 
 def _fog(x: Unit, rng: Generator) -> Unit:
     thickness, decay = 1.5, 1.75
-    brightest = x.max(axis=(1, 2, 3), keepdims=True)
+    brightest: Unit = x.max(axis=(1, 2, 3), keepdims=True)
     side = 1 << (max(x.shape[1:3]) - 1).bit_length()
     heights = _plasma(len(x), side, decay, rng)[:, : x.shape[1], : x.shape[2], None]
     return ((x + thickness * heights) * brightest / (brightest + thickness)).astype(np.float32)
@@ -131,9 +131,10 @@ def _fog(x: Unit, rng: Generator) -> Unit:
 
 def _brightness(x: Unit, rng: Generator) -> Unit:
     # To raise V of HSV at the same hue and saturation is to scale R, G and B alike; black becomes grey.
-    value = x.max(axis=-1, keepdims=True)
+    value: Unit = x.max(axis=-1, keepdims=True)
     raised = np.minimum(value + 0.3, 1)
-    return np.where(value > 0, x / np.maximum(value, 1e-12) * raised, raised).astype(np.float32)
+    brighter: Unit = np.where(value > 0, x / np.maximum(value, 1e-12) * raised, raised)
+    return brighter.astype(np.float32)
 
 
 def _contrast(x: Unit, rng: Generator) -> Unit:
@@ -144,7 +145,8 @@ def _contrast(x: Unit, rng: Generator) -> Unit:
 
 def _saturate(x: Unit, rng: Generator) -> Unit:
     # To scale S of HSV at the same hue and value is to scale each channel's distance below the largest one.
-    value, least = x.max(axis=-1, keepdims=True), x.min(axis=-1, keepdims=True)
+    value: Unit = x.max(axis=-1, keepdims=True)
+    least: Unit = x.min(axis=-1, keepdims=True)
     saturation = (value - least) / np.maximum(value, 1e-12)
     raised = np.clip(2.5 * saturation + 0.2, 0, 1)
     coloured = value - (value - x) * raised / np.maximum(saturation, 1e-12)

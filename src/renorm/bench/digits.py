@@ -5,8 +5,10 @@ Everything is in the wheel of scikit-learn, so it works offline; everything is s
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -49,21 +51,22 @@ def load() -> tuple[Digits, Digits]:
 
 def batches(digits: Digits, *, labelled: bool = False, size: int = 100) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
     """The images in batches of `size`, with their labels or, as in real life, without."""
-    images = list(digits.images.split(size))
-    return list(zip(images, digits.labels.split(size), strict=True)) if labelled else images
+    images = list(torch.split(digits.images, size))
+    return list(zip(images, torch.split(digits.labels, size), strict=True)) if labelled else images
 
 
 def network(width: int = 16) -> nn.Sequential:
-    """Three convolutions, each with a batch norm, and a linear head: 26,000 parameters."""
+    """Three convolutions, each with a batch norm, and a linear head: 24,000 parameters."""
     wide = (1, width, 2 * width, 4 * width)
-    layers: list[nn.Module] = []
-    for place, (inputs, outputs) in enumerate(zip(wide, wide[1:], strict=False)):
-        layers.append(nn.Conv2d(inputs, outputs, 3, stride=1 if place == 0 else 2, padding=1, bias=False))
-        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(wide[-1], 10))
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for place, (inputs, outputs) in enumerate(pairwise(wide), start=1):
+        layers[f"conv{place}"] = nn.Conv2d(inputs, outputs, 3, stride=min(place, 2), padding=1, bias=False)
+        layers[f"bn{place}"], layers[f"relu{place}"] = nn.BatchNorm2d(outputs), nn.ReLU()
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "head": nn.Linear(wide[-1], 10)}
+    return nn.Sequential(layers)
 
 
-def training(source: Digits, *, seed: int = 0) -> Iterator[nn.Sequential]:
+def training(source: Digits, *, seed: int = 1) -> Iterator[nn.Sequential]:
     """Train a network on `source`, yielding it after each of `EPOCHS` epochs; the last one is done, in eval mode.
 
     The global random numbers are used for the weights alone, and come out as they went in.
@@ -77,9 +80,9 @@ def training(source: Digits, *, seed: int = 0) -> Iterator[nn.Sequential]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _ in range(EPOCHS):
         model.train()
-        for rows in torch.randperm(len(source), generator=shuffle).split(BATCH):
+        for rows in torch.split(torch.randperm(len(source), generator=shuffle), BATCH):
             optimizer.zero_grad()
-            F.cross_entropy(model(source.images[rows]), source.labels[rows]).backward()
+            torch.autograd.backward(F.cross_entropy(model(source.images[rows]), source.labels[rows]))
             optimizer.step()
             schedule.step()
         yield model.eval()
@@ -90,9 +93,9 @@ def _as_it_is(images: Tensor) -> Tensor:
 
 
 def _low_contrast(images: Tensor) -> Tensor:
-    """A sixth of the contrast, around each image's own mean."""
+    """A fifth of the contrast, around each image's own mean."""
     mean = images.mean((1, 2, 3), keepdim=True)
-    return mean + (images - mean) / 6
+    return mean + (images - mean) / 5
 
 
 def _fog(images: Tensor) -> Tensor:

@@ -63,13 +63,12 @@ def table(rows: Sequence[Row]) -> str:
     """Targets first, then mean errors by number of images, shift by shift, and where only some classes are present."""
     points = _points(rows)
     parts = [ABOUT]
-    for bed in CLASSES:
+    beds = [bed for bed in CLASSES if any(point.bed == bed for point in points)]
+    if len(beds) > 1:
+        parts += ["## Targets, all networks together\n", _targets(points)]
+    for bed in beds:
         here = [point for point in points if point.bed == bed]
-        if not here:
-            continue
-        verdicts = [verdict for judge in JUDGES for verdict in judge(here)]
-        parts.append(f"## {bed}: targets\n")
-        parts.append(markdown(("target", "measured", "verdict"), map(_judged, verdicts), words=3))
+        parts += [f"## {bed}: targets\n", _targets(here)]
         parts.append(f"## {bed}: error in %, mean over shifts and seeds, by number of adapting images\n")
         parts.append(_means(("images",), here, COUNTS, lambda p, count: not p.label_shifted and p.images == count))
         shifts = list(dict.fromkeys(point.shift for point in here))
@@ -110,6 +109,11 @@ def _points(rows: Sequence[Row]) -> list[Point]:
         cell = row.cell
         key = cell["bed"], cell["shift"], cell["classes"], cell["images"], cell["seed"]
         found.setdefault(key, {})[cell["way"]] = row.values["error"]
+    # The source's error is measured once, beside all images, and holds for any number of them.
+    for (bed, shift, classes, _, seed), errors in found.items():
+        whole = found.get((bed, shift, classes, "all", seed), {})
+        if "source" in whole:
+            errors.setdefault("source", whole["source"])
     return [Point(*key, errors) for key, errors in found.items()]
 
 
@@ -123,6 +127,11 @@ def _means(head: Sequence[str], points: Sequence[Point], groups: Iterable[object
         if any(values):
             lines.append([*name, *(f"{np.mean(v):.1f}" if v else "–" for v in values)])
     return markdown([*head, *COLUMNS.values()], lines, words=len(head))
+
+
+def _targets(points: Sequence[Point]) -> str:
+    verdicts = [verdict for judge in JUDGES for verdict in judge(points)]
+    return markdown(("target", "measured", "verdict"), map(_judged, verdicts), words=3)
 
 
 def _judged(verdict: Verdict) -> tuple[str, str, str]:
@@ -208,7 +217,9 @@ def _cases(points: Iterable[Point], way: str) -> dict[str, Interval]:
     """For each shift, classes and number of images: how much worse than the source `way` is, over the seeds."""
     groups: dict[str, list[Point]] = {}
     for p in points:
-        groups.setdefault(f"{p.shift}, {p.classes} classes, {p.images} images", []).append(p)
+        groups.setdefault(f"{p.bed}, {p.shift}, {p.classes} of {CLASSES[p.bed]} classes, {p.images} images", []).append(
+            p
+        )
     pairs = {case: _pairs(members, way, "source") for case, members in groups.items()}
     return {case: paired(differences) for case, differences in pairs.items() if differences}
 

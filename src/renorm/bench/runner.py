@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -128,7 +130,18 @@ def _work_quietly() -> None:
 def _run(suite: Suite, cell: Cell) -> Row:
     start = perf_counter()
     values = suite.run_cell(cell)
-    return Row(cell, {name: float(value) for name, value in values.items()}, perf_counter() - start)
+    return Row(cell, {name: float(value) for name, value in values.items()}, perf_counter() - start, _code())
+
+
+@cache
+def _code() -> str:
+    """Eight digits that change with any file of the package that can change a number: all but those of the edges."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        if file.relative_to(package).parts[0] not in ("bench", "cli", "report"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _header(suite: Suite, rows: list[Row], jobs: int) -> str:
@@ -138,13 +151,17 @@ def _header(suite: Suite, rows: list[Row], jobs: int) -> str:
     processes = f"{jobs} processes of 1 torch thread" if jobs > 1 else f"{torch.get_num_threads()} torch threads"
     minutes = sum(row.seconds for row in rows) / 60
     command = f"renorm bench {suite.name} --data DIR --size {suite.size} --seeds {suite.seeds}"
+    codes = sorted({row.code for row in rows})
+    code = (
+        f"rows of {len(codes)} states of the code: {', '.join(codes)}" if len(codes) > 1 else f"code {''.join(codes)}"
+    )
     versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
     return (
         f"# {suite.name}\n\n"
         f"    {command}\n\n"
         f"Python {platform.python_version()}, {versions}. "
         f"{platform.machine()}, {os.cpu_count()} cores, {processes}; "
-        f"{len(rows)} cells, {minutes:.0f} minutes of computing. Revision {suite.revision} of the suite.\n"
+        f"{len(rows)} cells, {minutes:.0f} minutes of computing, {code}. Revision {suite.revision} of the suite.\n"
     )
 
 

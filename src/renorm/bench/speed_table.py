@@ -15,8 +15,8 @@ __all__ = ["table"]
 ABOUT = """\
 Times are ratios within one cell, whose ways take turns on the same images; a ratio is given as its median over the
 cells with the smallest and the largest. ResNets have random weights and see 96 random images of 224² in batches of
-32. Ours off is `prior=0`, which needs no certainty; on is the same with image moments measured; auto is the default.
-A miss is left standing.
+32. Ours off is `prior=0`, where certainty decides nothing; on is the same with a tolerance that is never reached, so
+that certainty is judged after every batch; auto is the default. A miss is left standing.
 """
 HEAD = ("target", "measured", "verdict")
 
@@ -101,8 +101,8 @@ def _stopping_targets(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 def _stopping(rows: Sequence[Row]) -> str:
     group = _of(rows, "equal error")
     lines = []
-    for name in ("update_bn", "all", *_tolerances(group)) if group else ():
-        label = {"update_bn": "torch `update_bn`", "all": "ours, all images"}.get(name, f"ours, `tolerance={name}`")
+    for name in ("update_bn", *_tolerances(group)) if group else ():
+        label = WAYS.get(name, f"ours, `tolerance={name}`")
         images = [row.values[f"{name} images"] for row in group]
         error = np.mean([row.values[f"{name} error"] for row in group])
         faster = _ratios_named(group, "update_bn seconds", f"{name} seconds")
@@ -114,7 +114,7 @@ def _stopping(rows: Sequence[Row]) -> str:
 
 def _tolerances(rows: Sequence[Row]) -> list[str]:
     names = [name.removesuffix(" error") for name in rows[0].values if name.endswith(" error")] if rows else []
-    return [name for name in names if name not in ("update_bn", "all")]
+    return [name for name in names if name != "update_bn"]
 
 
 def _ratios_named(rows: Sequence[Row], top: str, bottom: str) -> list[float]:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from renorm.bench.base import Cell, Row
 from renorm.errors import DataError
@@ -36,6 +37,7 @@ class Store:
                 "cell": dict(row.cell.factors),
                 "values": dict(row.values),
                 "seconds": round(row.seconds, 3),
+                "code": row.code,
             }
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,13 +60,17 @@ class Store:
                 continue  # an empty or torn line: its cell is run again
             try:
                 if entry["revision"] == self.revision:
-                    cell = Cell(tuple(entry["cell"].items()))
-                    rows.append(Row(cell, {k: float(v) for k, v in entry["values"].items()}, float(entry["seconds"])))
+                    rows.append(_row(entry))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise DataError(
                     f"line {number} of {self.path} is no row of a benchmark; move the file away to start anew"
                 ) from error
         return rows
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    values = {name: float(value) for name, value in entry["values"].items()}
+    return Row(Cell(tuple(entry["cell"].items())), values, float(entry["seconds"]), str(entry["code"]))
 
 
 def _ends_line(path: Path) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
-from importlib import import_module
-from inspect import getdoc, isabstract
-from pkgutil import iter_modules
+from inspect import get_annotations, getdoc
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from renorm.errors import UsageError
+from renorm.family import members
 
 if TYPE_CHECKING:
     from renorm.cli.screen import Screen
@@ -48,6 +50,19 @@ class Command(ABC):
                     f"  {self.example}\nrenorm {self.name} --help lists everything."
                 )
 
+    def written(self) -> str:
+        """The command line that makes this command, without what is as it would be anyway."""
+        parts = ["renorm", self.name]
+        for each in settings(type(self)):
+            value = getattr(self, each.key)
+            if each.positional:
+                parts += [shlex.quote(value)] if value else []
+            elif isinstance(value, Mapping):
+                parts += [f"--{each.key}.{key} {shlex.quote(str(item))}" for key, item in value.items()]
+            elif value != each.default:
+                parts.append(each.flag if value is True else f"{each.short or each.flag} {shlex.quote(str(value))}")
+        return " ".join(parts)
+
     @abstractmethod
     def run(self, screen: Screen) -> Report:
         """Do the work; `screen` draws progress."""
@@ -75,7 +90,7 @@ class Setting:
     @property
     def flag(self) -> str:
         """How it is written on the command line."""
-        return self.key if self.positional else "--" + self.key.replace("_", "-")
+        return "--" + self.key.replace("_", "-")
 
 
 def settings(kind: type[Any], *, prefix: str = "") -> list[Setting]:
@@ -89,15 +104,22 @@ def settings(kind: type[Any], *, prefix: str = "") -> list[Setting]:
                 key=prefix + each.name,
                 type=hints[each.name],
                 default=default,
-                help=each.metadata.get("help", ""),
+                help=each.metadata.get("help", "") or _from_docstring(kind, each.name),
                 short=each.metadata.get("short", ""),
                 metavar=each.metadata.get("metavar", ""),
                 positional=each.metadata.get("argument", False),
                 required=each.metadata.get("required", default is MISSING),
             )
         )
-    own = set(kind.__dict__.get("__annotations__", {}))
-    return sorted(found, key=lambda s: (not s.positional, s.key.removeprefix(prefix) not in own))
+    own = set(get_annotations(kind))
+    # arguments by place as declared, base classes first; of the options, the class's own first
+    return sorted(found, key=lambda s: (not s.positional, not s.positional and s.key.removeprefix(prefix) not in own))
+
+
+def _from_docstring(kind: type[Any], name: str) -> str:
+    """What the docstring's own line for a field says: "name   words", continued on deeper lines."""
+    found = re.search(rf"^{re.escape(name)}  +(.*(?:\n +.*)*)", getdoc(kind) or "", flags=re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
 
 
 def summary(command: type[Command]) -> str:
@@ -108,13 +130,4 @@ def summary(command: type[Command]) -> str:
 @cache
 def catalogue() -> dict[str, type[Command]]:
     """Every command in this folder, by the word that calls it."""
-    package = import_module(__package__ or "renorm.cli")
-    modules = [import_module(f"{package.__name__}.{found.name}") for found in iter_modules(package.__path__)]
-    commands = [
-        thing
-        for module in modules
-        for thing in vars(module).values()
-        if isinstance(thing, type) and issubclass(thing, Command) and not isabstract(thing)
-        if thing.__module__ == module.__name__
-    ]
-    return {command.name: command for command in sorted(commands, key=lambda command: command.name)}
+    return members(__package__ or "renorm.cli", Command)

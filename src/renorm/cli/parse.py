@@ -23,14 +23,14 @@ def parse(kind: type[Command], words: Sequence[str]) -> Command:
     from argparse import ArgumentError
 
     known = every_setting(kind, words)
-    _refuse_unknown(kind, known, words)
+    words = _by_name(kind, known, words)
     parser = _parser(kind, known)
     try:
-        namespace = parser.parse_args(list(words))
+        namespace = parser.parse_args(words)
     except ArgumentError as error:
         raise _translated(kind, known, str(error)) from None
     except Exception as error:  # whatever a YAML file of any content makes the parser stumble over
-        raise UsageError(f"renorm {kind.name}: {' '.join(str(error).split())}") from None
+        raise _unreadable(kind, str(error)) from None
     given = namespace.as_dict()
     given.pop("config", None)
     return kind(**given)
@@ -45,9 +45,9 @@ def every_setting(kind: type[Command], words: Sequence[str]) -> list[Setting]:
     from renorm.methods.base import catalogue
 
     methods = catalogue()
-    if method not in methods:
+    if str(method) not in methods:
         raise UnknownName("method", str(method), ["auto", *methods])
-    return known + settings(methods[method], prefix="options.")
+    return known + settings(methods[str(method)], prefix="options.")
 
 
 def placeholder(setting: Setting) -> str:
@@ -64,7 +64,7 @@ def _described(kind: Any) -> str:
 
 
 def _parser(kind: type[Command], known: list[Setting]) -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined, unused-ignore]
 
     parser = ArgumentParser(
         prog=f"renorm {kind.name}",
@@ -77,9 +77,7 @@ def _parser(kind: type[Command], known: list[Setting]) -> Any:
     for setting in known:
         if setting.key == "options":  # stands for the method's own fields, which follow
             continue
-        if setting.positional:
-            parser.add_argument(setting.key, nargs="?", type=setting.type, default=setting.default)
-        elif setting.type is bool:
+        if setting.type is bool:
             parser.add_argument(*_flags(setting), dest=setting.key, action="store_true", default=setting.default)
         else:
             parser.add_argument(*_flags(setting), dest=setting.key, type=setting.type, default=setting.default)
@@ -91,23 +89,38 @@ def _flags(setting: Setting) -> list[str]:
     return [flag for flag in (setting.short, setting.flag) if flag]
 
 
-def _refuse_unknown(kind: type[Command], known: list[Setting], words: Sequence[str]) -> None:
-    flags = [flag for s in known if not s.positional and s.key != "options" for flag in _flags(s)]
-    flags += ["--config", "--print-config", "--help"]
-    for word in words:
-        if word == "--":
-            break
-        name = word.partition("=")[0]
-        if not name.startswith("-") or name in flags or re.fullmatch(r"-[\d.].*", name):
-            continue
-        if any(len(flag) == 2 and name.startswith(flag) for flag in flags) and not name.startswith("--"):
-            continue  # -oFILE
-        if name.startswith("--options.") and "method" in {s.key for s in known}:
-            own = [flag for flag in flags if flag.startswith("--options.")]
-            if not own:
-                raise UsageError(f"{name} belongs to a method, and none was chosen that has options. Give --method NAME.")
+def _by_name(kind: type[Command], known: list[Setting], words: Sequence[str]) -> list[str]:
+    """The same words with every argument that was given by its place written as an option; unknown options are refused."""
+    takes_value = {"--config": True, "--print-config": False}
+    takes_value |= {flag: s.type is not bool for s in known if s.key != "options" for flag in _flags(s)}
+    places = [s for s in known if s.positional]
+    named: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if not word.startswith("-") or word == "-":
+            if not places:
+                takes = " ".join(s.key.upper() for s in known if s.positional) or "options only"
+                raise UsageError(f"renorm {kind.name} takes {takes}; {word!r} is more than that.")
+            named.append(f"--{places.pop(0).key}={word}")
+        elif name in takes_value:
+            named.append(word)
+            if takes_value[name] and not equals:
+                named += [value for value in [next(rest, None)] if value is not None]
+        elif word[:2] in takes_value:
+            named += [word[:2], word[2:]]  # -oFILE
+        else:
+            _refuse_option(kind, name, list(takes_value))
+    return named
+
+
+def _refuse_option(kind: type[Command], name: str, flags: list[str]) -> None:
+    own = [flag for flag in flags if flag.startswith("--options.")]
+    if name.startswith("--options.") and "--method" in flags:
+        if own:
             raise UnknownName("option of the method", name, own)
-        raise UnknownName(f"option of renorm {kind.name}", name, flags)
+        raise UsageError(f"{name} belongs to a method, and none was chosen that has options. Give --method NAME.")
+    raise UnknownName(f"option of renorm {kind.name}", name, [*flags, "--help"])
 
 
 def _peek(words: Sequence[str], key: str) -> Any:
@@ -128,17 +141,13 @@ def _loaded(path: str) -> Mapping[str, Any]:
 
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}  # the parser will say so
     return found if isinstance(found, Mapping) else {}
 
 
 def _translated(kind: type[Command], known: list[Setting], message: str) -> UsageError:
     """The parser's message in the words of the command line."""
-    if found := re.search(r"unrecognized arguments: (.*)", message):
-        places = [s.key.upper() for s in known if s.positional]
-        takes = " ".join(places) or "no arguments, only options"
-        return UsageError(f"renorm {kind.name} takes {takes}; {found[1]} is more than that.")
     if found := re.search(r"[Oo]ption '?([\w.]+)'? is not accepted", message):
         return UnknownName(f"setting of renorm {kind.name}", found[1], [s.key for s in known if s.key != "options"])
     if found := re.search(r'Parser key "([\w.]+)"', message):
@@ -147,5 +156,12 @@ def _translated(kind: type[Command], known: list[Setting], message: str) -> Usag
                 value = re.search(r"(?:Given value|Got value): (.*)", message)
                 got = f"; got {value[1]}" if value else ""
                 return UsageError(f"renorm {kind.name}: {setting.flag} takes {placeholder(setting)}{got}.")
-    return UsageError(f"renorm {kind.name}: {' '.join(message.split())}.")
+    return _unreadable(kind, message)
 
+
+def _unreadable(kind: type[Command], message: str) -> UsageError:
+    said = " ".join(message.split()).rstrip(".:")
+    return UsageError(
+        f"renorm {kind.name}: the options cannot be read: {said}. --help lists them, and --print-config shows what a "
+        "--config file looks like."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class _Watched:
 
     def __init__(self, items: Iterable[Any], doing: str, total: int | None = None) -> None:
         self.items, self.doing, self.total = items, doing, total
-        if hasattr(items, "__len__"):
+        if isinstance(items, Sized):
             self.total = len(items)
         self.reads = 0
 
@@ -71,7 +71,12 @@ class _Watched:
 
         self.reads += 1
         doing = self.doing if self.reads == 1 else f"{self.doing} (pass {self.reads})"
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(doing, total=self.total)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ IMAGES = ("images", "x", "data", "inputs", "features")
 LABELS = ("labels", "y", "targets", "target", "label")
 SPLITS = ("train", "test", "val", "valid", "validation")
 CHANNELS = (1, 3, 4)
+# what NumPy raises for files cut short or written over; a garbled header gets as far as Python's tokenizer
+DAMAGE = (OSError, EOFError, ValueError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 CHECKED = 1 << 22  # numbers looked at in one go for NaN: 16 MB, however large the file
 
 
@@ -41,7 +45,7 @@ def read(path: Path, key: str, options: Options) -> Dataset:
     try:
         name = _images(path, held, key, options.split)
         values = _array(path, held, name)
-        labels, classes, notes = _labels(path, held, name, len(values), options.labels)
+        labels, classes, notes = _labels(path, held, name, len(values), options)
     finally:
         if isinstance(held, np.lib.npyio.NpzFile):
             held.close()
@@ -80,24 +84,28 @@ def pixel_reader(
         return preprocessing.tensor(match_channels(x, preprocessing.input_size[0])[0]) if preprocessing else x
 
     height, width = (side for place, side in enumerate(images.shape[1:], 1) if place != axis)
-    notes = (f"pixels / {top}, {height} × {width}",) if preprocessing is None else ()
-    if preprocessing is not None:
-        shape = (1, 1 if axis is None else images.shape[axis], 1, 1)
-        done = match_channels(torch.zeros(shape), preprocessing.input_size[0])[1]
-        notes += (f"input {preprocessing}",)
-        notes += (f"resized from {height} × {width}",) if (height, width) != preprocessing.input_size[1:] else ()
-        notes += (done,) if done else ()
-    return fetch, notes
+    if preprocessing is None:
+        return fetch, (f"pixels / {top}, {height} × {width}",)
+    notes = [f"input {preprocessing}"]
+    if (height, width) != preprocessing.input_size[1:]:
+        notes.append(f"resized from {height} × {width}")
+    held = torch.zeros(1, 1 if axis is None else images.shape[axis], 1, 1)
+    if done := match_channels(held, preprocessing.input_size[0])[1]:
+        notes.append(done)
+    return fetch, tuple(notes)
 
 
 def _open(path: Path) -> Mapping[str, Array]:
     try:
-        held = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
-    except ValueError as error:
-        if "bject" in str(error):
+        with path.open("rb") as file:
+            start = file.read(6)
+        # looked at by hand: numpy takes whatever is neither for a pickle, and leaves a broken archive open
+        if start != b"\x93NUMPY" and not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("neither an array nor an archive of arrays")
+        held = np.load(path, allow_pickle=False, mmap_mode="r" if start == b"\x93NUMPY" else None)
+    except DAMAGE as error:
+        if "Object arrays" in str(error) or "Python objects" in str(error):
             raise DataError(_objects(path.name)) from error
-        raise DataError(f"{path} is damaged, or no NumPy file ({error}). Write it again with numpy.save.") from error
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is damaged, or no NumPy file ({error}). Write it again with numpy.save.") from error
     return held if isinstance(held, np.lib.npyio.NpzFile) else {"": held}
 
@@ -105,9 +113,9 @@ def _open(path: Path) -> Mapping[str, Array]:
 def _array(path: Path, held: Mapping[str, Array], name: str) -> Array:
     try:
         return held[name]
-    except ValueError as error:  # a .npz is only looked into here
-        raise DataError(_objects(f"{path.name}: {name}")) from error
-    except (OSError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+    except DAMAGE as error:
+        if "Object arrays" in str(error):  # a .npz is only looked into here
+            raise DataError(_objects(f"{path.name}: {name}")) from error
         raise DataError(f"{path.name}: {name} is damaged ({error}). Write the file again.") from error
 
 
@@ -154,15 +162,18 @@ def _split_of(name: str) -> str:
 
 
 def _labels(
-    path: Path, held: Mapping[str, Array], images: str, count: int, wanted: str | None
+    path: Path, held: Mapping[str, Array], images: str, count: int, options: Options
 ) -> tuple[Tensor | None, tuple[str, ...] | None, tuple[str, ...]]:
     """Labels as they stand in the file, the names of the classes, and notes."""
-    if wanted is None or not images:
+    if options.labels is None or not images:
         return None, None, ()
-    split = _split_of(images) or (images.rpartition("_")[2] if _find(held, LABELS, images.rpartition("_")[2]) else "")
-    if wanted != "labels" and wanted not in held:
-        raise UnknownName(f"array in {path.name}:", wanted, held)
-    name = wanted if wanted in held and not (wanted == "labels" and split) else _find(held, LABELS, split)
+    behind = images.rpartition("_")[2]  # as in X_uV: part of a name, or that of a split
+    split = options.split or (behind if _split_of(images) or _find(held, LABELS, behind) else "")
+    name: str | None = options.labels
+    if options.labels == "labels":
+        name = _find(held, LABELS, split)
+    elif options.labels not in held:
+        raise UnknownName(f"array in {path.name}:", options.labels, held)
     if name is None:
         behind = f" with _{split} behind it" if split else ""
         return None, None, (f"no labels: none of {', '.join(LABELS)}{behind} is in the file",)
@@ -181,6 +192,8 @@ def _numbered(
 ) -> tuple[Tensor, tuple[str, ...] | None, tuple[str, ...]]:
     if values.dtype.kind in "US":
         names, numbers = np.unique(values.astype(str), return_inverse=True)
+        if classes is not None and set(names) <= set(classes):
+            return torch.tensor([classes.index(name) for name in names])[torch.from_numpy(numbers)], classes, ()
         return (
             torch.from_numpy(numbers.astype(np.int64)),
             tuple(map(str, names)),
@@ -231,6 +244,8 @@ def _reader(
                 f"the model takes {preprocessing.input_size[0]} channels, {where} has {values.shape[axis]}. "
                 "Give what the model takes, or a model made for these."
             )
+        if values.min() >= 0 and values.max() <= 255:
+            notes.append("they lie in 0…255 as pixels do: saved as uint8, they would be normalised for the model")
 
     def fetch(indices: Indices) -> Tensor:
         x = torch.from_numpy(values[indices].astype(np.float32))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +36,11 @@ def read(root: Path, options: Options) -> Dataset:
         MissingExtra: Pillow, or timm where the model states its preprocessing, is not installed.
     """
     require("PIL.Image", extra="images", purpose="reading images")
-    root = _split(root, options.split)
-    files = _Files(root)
+    try:
+        root = _split(root, options.split)
+        files = _Files(root)
+    except OSError as error:
+        raise DataError(f"{error.filename or root} cannot be read ({error.strerror}). Mend its permissions.") from error
     notes: tuple[str, ...] = ()
     labels, classes = None, None
     if files.classes and options.labels is not None:
@@ -159,24 +161,26 @@ class _Decoder:
 
     def describe(self, some: Indices) -> tuple[str, ...]:
         """Notes on how images become input, from the headers of `some`."""
-        modes = Counter(self._open(self.names[k]).mode for k in some)
-        target = MODES[self._channels(next(iter(modes)))]
-        notes = () if self.preprocessing is None else (f"input {self.preprocessing}",)
-        notes += ("pixels / 255",) if self.preprocessing is None else ()
+        modes: Counter[str] = Counter()
+        for k in some:
+            with self._open(self.names[k]) as opened:
+                modes[opened.mode] += 1
+        target = MODES[self._channels()]
+        notes = ["pixels / 255" if self.preprocessing is None else f"input {self.preprocessing}"]
         if strange := {mode: count for mode, count in modes.items() if mode != target}:
             kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(strange.items()))
-            notes += (f"images converted to {target} (of {len(some)} looked at: {kinds})",)
-        return notes
+            notes.append(f"images converted to {target} (of {len(some)} looked at: {kinds})")
+        return tuple(notes)
 
     def _transformed(self, preprocessing: Preprocessing) -> Callable[[str], Tensor]:
-        transform, mode = preprocessing.transform(), MODES[self._channels("RGB")]
+        transform, mode = preprocessing.transform(), MODES[self._channels()]
         return lambda name: transform(self._load(name, mode))
 
     def _pixels(self, name: str) -> Tensor:
         pixels = np.array(self._load(name, "RGB"), dtype=np.float32)
         return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
-    def _channels(self, mode: str) -> int:
+    def _channels(self) -> int:
         wanted = 3 if self.preprocessing is None else self.preprocessing.input_size[0]
         if wanted not in MODES:
             raise DataError(
@@ -188,16 +192,8 @@ class _Decoder:
         image = require("PIL.Image", extra="images", purpose="reading images")
         path = self.root / name
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", image.DecompressionBombWarning)
-                return image.open(path)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            image.DecompressionBombError,
-            image.DecompressionBombWarning,
-        ) as error:
+            return image.open(path)
+        except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
             raise DataError(_broken(path, error)) from error
 
     def _load(self, name: str, mode: str) -> Any:

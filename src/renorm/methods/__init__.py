@@ -1,1 +1,12 @@
-"""Ways to adapt without labels, one per file; `renorm.methods.base.catalogue()` finds them."""
+"""Ways to adapt without labels, one per file: `from renorm.methods import Pooled` finds the class in its file."""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    from renorm.methods.base import catalogue
+
+    for method in catalogue().values():
+        if method.__name__ == name:
+            return method
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,14 +6,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from pkgutil import iter_modules
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import nn
 
 from renorm.calls import Caller
 from renorm.errors import UnknownName, UsageError
+from renorm.family import members
 from renorm.moments import Moments
 from renorm.profile import Profile
 from renorm.sites import Site
@@ -25,6 +25,7 @@ class Estimate:
 
     moments   {site: the moments to hold}, for the sites that the batches reached
     target    what was measured on the target, as far as the method measures it: {site: moments before any blending}
+    unblended what to judge by where there are no labels, since a share of the source makes a model less sure; None: `moments`
     weights   {site: the share of the source in `moments`}, the mean over channels, in [0, 1]
     samples   how many samples were read, each counted once
     passes    how often the batches were read
@@ -37,6 +38,7 @@ class Estimate:
     samples: int
     batches: int
     unvisited: tuple[str, ...]
+    unblended: Mapping[str, Moments] | None = None
     passes: int = 1
     notes: tuple[str, ...] = ()
 
@@ -66,17 +68,10 @@ class Method(ABC):
         """Measure and decide; `model` comes out as it went in, bit for bit, also when this fails."""
 
 
+@cache
 def catalogue() -> dict[str, type[Method]]:
     """Every method in this folder, by its name."""
-    package = import_module(__package__)
-    modules = [import_module(f"{__package__}.{m.name}") for m in iter_modules(package.__path__) if m.name != "base"]
-    found = [
-        value
-        for module in modules
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
-    ]
-    return {method.name: method for method in sorted(found, key=lambda method: method.name)}
+    return members("renorm.methods", Method)
 
 
 def build(name: str, options: Mapping[str, Any]) -> Method:

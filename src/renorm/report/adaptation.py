@@ -11,13 +11,20 @@ from renorm.report.base import Bar, Block, Table, Told, Words
 
 ROWS = 8
 
+# The essay's two reasons why batch norm hurts, told apart by what recalibration could and could not mend.
+MISMATCH = (
+    "Statistics mend a shift in the values that reach each layer. Where that is not enough, either there was no shift to "
+    "mend, or the features do not match: the data lack what the network learnt to look for, or hold its classes in other "
+    "shares. For the last, give a profile of the source (--source); for the others, labels and fine-tuning."
+)
+
 
 def verdict(adaptation: Adaptation, *, output: str) -> Words:
     """Kept or not, and why."""
     why = adaptation.why[:1].upper() + adaptation.why[1:]
     if not adaptation.accepted:
         return Words(
-            f"{why}. The statistics of the source stand again, and nothing was written.",
+            f"{why}. The statistics of the source stand again, and nothing was written. {MISMATCH}",
             "doubt",
             "Not kept: the recalibrated model did not hold up",
         )
@@ -38,7 +45,6 @@ def blocks(adaptation: Adaptation, *, before: Score | None = None, after: Score 
         parts.append(compared(before, after))
     if adaptation.shifts:
         parts.append(_moved(adaptation))
-    parts += [Words(note, "plain", "Note") for note in adaptation.notes]
     if adaptation.unvisited:
         names = ", ".join(adaptation.unvisited[:ROWS]) + (" …" if len(adaptation.unvisited) > ROWS else "")
         parts.append(Words(f"No batch reached {names}; they hold what they held.", "plain", "Untouched"))
@@ -69,8 +75,9 @@ def result(adaptation: Adaptation, *, before: Score | None = None, after: Score 
         "unvisited": list(adaptation.unvisited),
         "shifts": {site: shift.layer._asdict() for site, shift in adaptation.shifts.items()},
         "source_weights": dict(adaptation.weights),
-        "trust": None if trust is None else {"better": trust.better, "reliability": trust.reliability, "why": trust.why},
-        "notes": list(adaptation.notes),
+        "trust": None
+        if trust is None
+        else {"better": trust.better, "reliability": trust.reliability, "why": trust.why},
         "before": None if before is None else scores.result(before),
         "after": None if after is None else scores.result(after),
     }

@@ -59,7 +59,7 @@ class Report:
     """All that one run of a command says.
 
     `verdict` comes first and stands alone; `result` holds the numbers, in builtins only, under names that the JSON
-    schema fixes; `exit_code` is 0 when all is well and 1 when something was found.
+    schema fixes; `notes` say how model and data were read; `exit_code` is 0 when all is well, 1 when something was found.
     """
 
     command: str
@@ -68,4 +68,5 @@ class Report:
     verdict: Words
     blocks: tuple[Block, ...]
     result: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
     exit_code: int = 0

@@ -20,11 +20,11 @@ ROWS = 10  # sites in a table: the worst, and it still fits one screen
 def verdict(diagnosis: Diagnosis) -> Words:
     """The one thing to know."""
     batch = sum(site.kind == "batch" for site in diagnosis.sites)
-    if diagnosis.worst is not None and not diagnosis.healthy:
+    if diagnosis.findings:
         return _about(diagnosis.findings)[0]
     if not batch:
         others = Counter(site.kind for site in diagnosis.sites)
-        found = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "none of any kind"
+        found = ", ".join(_many(count, f"{kind} norm") for kind, count in others.items()) or "none of any kind"
         return Words(
             f"Norm layers found: {found}. None of them carries statistics of the data it was trained on, so none can "
             "disagree with yours.",
@@ -42,17 +42,15 @@ def verdict(diagnosis: Diagnosis) -> Words:
     return Words(
         f"The batch norm farthest from what it expects, {_name(site)}, is {far:.2f} source standard deviations away over "
         f"{_many(diagnosis.samples, 'sample')}; up to {DataShift.limit:.2g} is what models show on fresh data of their own "
-        "kind.",
+        "kind. There is no shift to mend here. Whether the model knows what is in the data, only labels tell: renorm evaluate.",
         "good",
-        "The data look like those the model was trained on",
+        "The values in these data are as the model expects them",
     )
 
 
 def blocks(diagnosis: Diagnosis, *, rows: int = ROWS) -> tuple[Block, ...]:
     """What follows the verdict: the other findings, then the sites, worst first."""
-    said = _about(diagnosis.findings)
-    others = said if diagnosis.healthy else said[1:]
-    parts: list[Block] = list(others)
+    parts: list[Block] = list(_about(diagnosis.findings)[1:])
     if diagnosis.distances:
         parts.append(_table(diagnosis, rows))
     if diagnosis.unvisited:
@@ -87,7 +85,8 @@ def _about(findings: Iterable[Finding]) -> list[Words]:
         first, *rest = group
         more = f", and {_many(len(rest), 'other site')}" if rest else ""
         limit = f" (limit {first.limit:.2g})" if first.limit else ""
-        numbers = f"Worst at {_name(first.site)}: {first.value:.2g} {first.unit}{limit}{more}."
+        place = f"{'Worst at' if first.limit else 'At'} {_name(first.site)}"
+        numbers = f"{place}: {first.value:.2g} {first.unit}{limit}{more}."
         title = f"{catalogue()[rule].title[:1].upper()}{catalogue()[rule].title[1:]} [{rule}]"
         said.append(Words(f"{first.message} {numbers}\nTo do: {first.advice}", TONES[first.severity], title))
     return said
@@ -104,7 +103,11 @@ def _table(diagnosis: Diagnosis, rows: int) -> Table:
         bar = Bar(distance / longest, f"{distance:.2f}")
         drawn.append((_name(site), bar, f"{shift.layer.mean_gap:.2f}", f"× {spread:.2f}", Told(word, tone)))
     hidden = len(diagnosis.distances) - len(drawn)
-    more = f" {_many(hidden, 'site')} nearer than these: --top {len(diagnosis.distances)}, or --format json." if hidden else ""
+    more = (
+        f" {_many(hidden, 'site')} nearer than these: --top {len(diagnosis.distances)}, or --format json."
+        if hidden
+        else ""
+    )
     return Table(
         "How far the data lie from what each batch norm expects, worst first",
         ("site", "distance", "mean", "spread", ""),

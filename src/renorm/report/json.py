@@ -6,7 +6,8 @@
       "command": "doctor",
       "model":   "timm:resnet18",   as it was asked for
       "data":    "photos/",         as it was asked for; "" where a command needs none
-      "result":  {...}              what docs/json.md lists for the command
+      "result":  {...}              the command's numbers, as `result` in this folder's file about it makes them,
+                                    and "notes", a list of sentences on how model and data were read
     }
 
 Numbers that are not finite become null: JSON has no word for them.
@@ -32,7 +33,7 @@ def render(report: Report, *, version: str) -> str:
         "command": report.command,
         "model": report.model,
         "data": report.data,
-        "result": report.result,
+        "result": {**report.result, "notes": report.notes},
     }
     return json.dumps(plain(envelope), indent=2, ensure_ascii=False, allow_nan=False)
 

@@ -6,8 +6,20 @@ from math import isnan
 from typing import Any
 
 from renorm.evaluate import Score
+from renorm.report.base import Words
 
 SHARES = ("accuracy", "balanced_accuracy", "top5", "f1", "auroc", "ece")  # read as percentages
+
+
+def verdict(score: Score) -> Words:
+    """The score, how far to believe it, and whether the model's own probabilities mean what they say."""
+    name = score.metric.replace("_", " ").capitalize()
+    text = f"95 % interval {interval(score)}, from {score.count:,} samples."
+    if not isnan(score.ece):
+        text += (
+            f" Its probabilities are off by {100 * score.ece:.1f} points on average (ECE); NLL {score.nll:.3g} nats."
+        )
+    return Words(text, "plain", f"{name}: {value(score)}")
 
 
 def value(score: Score) -> str:

@@ -9,29 +9,39 @@ from renorm.report.base import Bar, Block, Cell, Report, Table, Told, Tone, Word
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.table import Table as Grid
     from rich.text import Text
 
 STYLE: dict[Tone, str] = {"good": "green", "doubt": "yellow", "bad": "red", "plain": ""}
 MARK: dict[Tone, str] = {"good": "✓", "doubt": "!", "bad": "✗", "plain": "·"}  # tone without colour
+WIDEST = 100  # columns: longer lines of prose lose the reader's eye
 BAR = 12  # characters of a full bar: eighths make it 96 steps, and a table still fits 80 columns
 
 
 def show(report: Report, file: TextIO) -> None:
     """Write `report` to `file`, as wide as its terminal."""
     console = console_for(file)
-    subject = " · ".join(part for part in (report.model, report.data) if part)
-    console.print(_text(f"renorm {report.command}", "bold") + _text(f"  {subject}", "dim"), soft_wrap=True)
-    for block in (report.verdict, *report.blocks):
-        console.print()
-        for renderable in _rendered(block):
-            console.print(renderable)
+    with console.capture() as captured:
+        subject = " · ".join(part for part in (report.model, report.data) if part)
+        console.print(_joined((f"renorm {report.command}", "bold"), (f"  {subject}", "dim")), soft_wrap=True)
+        for block in (report.verdict, *report.blocks):
+            console.print()
+            for renderable in _rendered(block, console):
+                console.print(renderable)
+        if report.notes:
+            console.print()
+            console.print(_notes(report.notes))
+    # rich fills every line with spaces, which only make a copy of it ugly
+    file.write("".join(line.rstrip(" ") + "\n" for line in captured.get().splitlines()))
 
 
 def console_for(file: TextIO) -> Console:
     """A console that neither guesses colours inside words nor reads `[...]` in names as markup."""
     from rich.console import Console
 
-    return Console(file=file, highlight=False, markup=False, emoji=False)
+    console = Console(file=file, highlight=False, markup=False, emoji=False)
+    console.width = min(console.width, WIDEST)
+    return console
 
 
 def clean(text: str) -> str:
@@ -40,14 +50,18 @@ def clean(text: str) -> str:
 
 
 def _text(text: str, style: str = "") -> Text:
+    return _joined((text, style))
+
+
+def _joined(*parts: tuple[str, str]) -> Text:
     from rich.text import Text
 
-    return Text(clean(text), style=style)
+    return Text.assemble(*((clean(text), style) for text, style in parts))
 
 
-def _rendered(block: Block) -> list[RenderableType]:
+def _rendered(block: Block, console: Console) -> list[RenderableType]:
     if isinstance(block, Table):
-        return _table(block)
+        return _table(block, console)
     return [_words(block)]
 
 
@@ -60,38 +74,53 @@ def _words(block: Words) -> RenderableType:
     grid = Grid.grid(padding=(0, 1))
     grid.add_column(width=1)
     grid.add_column()
-    title = _text(block.title, "bold") + _text("\n" if block.title and block.text else "")
-    grid.add_row(_text(MARK[block.tone], f"bold {STYLE[block.tone]}".strip()), title + _text(block.text))
+    said = _joined((block.title, "bold"), ("\n" if block.title and block.text else "", ""), (block.text, ""))
+    grid.add_row(_text(MARK[block.tone], f"bold {STYLE[block.tone]}".strip()), said)
     return grid
 
 
-def _table(block: Table) -> list[RenderableType]:
-    from rich import box
+def _notes(notes: tuple[str, ...]) -> RenderableType:
     from rich.padding import Padding
     from rich.table import Table as Grid
 
-    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-    for place, name in enumerate(block.columns):
-        prose = name in block.words or place == 0
-        bars = any(isinstance(row[place], Bar) for row in block.rows)
-        grid.add_column(
-            clean(name),
-            justify="left" if prose or bars else "right",
-            overflow="fold",
-            no_wrap=not prose,
-        )
-    for row in block.rows:
-        grid.add_row(*map(_cell, row))
+    grid = Grid.grid(padding=(0, 1))
+    grid.add_column(width=1, style="dim")
+    grid.add_column(style="dim")
+    for note in notes:
+        grid.add_row("·", _text(note))
+    return Padding(grid, (0, 0, 0, 2))
+
+
+def _table(block: Table, console: Console) -> list[RenderableType]:
+    from rich.padding import Padding
+
+    grid: RenderableType = Padding(_grid(block, bars=True), (0, 0, 0, 2))
+    if console.measure(grid).maximum > console.width:
+        grid = Padding(_grid(block, bars=False), (0, 0, 0, 2))  # the numbers stay beside where they were drawn
     parts: list[RenderableType] = [Padding(_text(block.title, "bold"), (0, 0, 0, 2))] if block.title else []
-    parts.append(Padding(grid, (0, 0, 0, 2)))
+    parts.append(grid)
     if block.note:
         parts.append(Padding(_text(block.note, "dim"), (0, 0, 0, 2)))
     return parts
 
 
-def _cell(cell: Cell) -> Text:
+def _grid(block: Table, *, bars: bool) -> Grid:
+    from rich import box
+    from rich.table import Table as Grid
+
+    grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for place, name in enumerate(block.columns):
+        drawn = bars and any(isinstance(row[place], Bar) for row in block.rows)
+        words = place == 0 or drawn or name in block.words
+        grid.add_column(clean(name), justify="left" if words else "right", overflow="fold", no_wrap=place > 0)
+    for row in block.rows:
+        grid.add_row(*(_cell(cell, bars=bars) for cell in row))
+    return grid
+
+
+def _cell(cell: Cell, *, bars: bool) -> Text:
     if isinstance(cell, Bar):
-        return _text(f"{cell.text} ") + _text(drawn(cell.share), "cyan")
+        return _joined((f"{cell.text} ", ""), (drawn(cell.share), "cyan")) if bars else _text(cell.text)
     if isinstance(cell, Told):
         return _text(cell.text, STYLE[cell.tone])
     return _text(cell)

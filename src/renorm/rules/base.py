@@ -6,16 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib import import_module
-from inspect import isabstract
 from itertools import islice
 from math import isfinite
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
 from renorm.calls import Caller
+from renorm.family import members
 from renorm.moments import Moments
 from renorm.observe import Observation, observe
 from renorm.shift import Shift
@@ -95,11 +93,14 @@ class Facts:
         """Each site's shift in one number: 2-Wasserstein in source sd, less what sampling alone adds, mean over channels.
 
         A channel's squared distance is too large by the squared standard errors of its mean and of its sd, which for
-        images is about twice that of the mean alone. A site whose statistics are no numbers has no distance.
+        images is about twice that of the mean alone. A site whose statistics are no numbers, or were never estimated, has
+        no distance: there is nothing to be far from.
         """
         eps = {site.name: site.eps for site in self.batch}
         found = {}
         for name, shift in self.shifts.items():
+            if name in self.new:
+                continue
             error = self.observed[name].standard_error(self.held[name].var + eps[name])
             squared = shift.wasserstein2.square() - 2 * error.square().to(shift.wasserstein2.device)
             found[name] = float(squared.clamp_min(0).sqrt().mean())
@@ -155,13 +156,4 @@ class Rule(ABC):
 @cache
 def catalogue() -> dict[str, type[Rule]]:
     """Every rule in this folder, by its id."""
-    package = import_module(__package__ or "renorm.rules")
-    modules = [import_module(f"{package.__name__}.{found.name}") for found in iter_modules(package.__path__)]
-    rules = [
-        thing
-        for module in modules
-        for thing in vars(module).values()
-        if isinstance(thing, type) and issubclass(thing, Rule) and not isabstract(thing)
-        if thing.__module__ == module.__name__
-    ]
-    return {rule.id: rule for rule in sorted(rules, key=lambda rule: rule.id)}
+    return members(__package__ or "renorm.rules", Rule, key="id")

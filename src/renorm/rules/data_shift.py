@@ -19,7 +19,7 @@ class DataShift(Rule):
 
     id: ClassVar = "BN302"
     title: ClassVar = "data shift"
-    needs: ClassVar = ("distances", "new")
+    needs: ClassVar = ("distances",)
 
     # Source standard deviations, mean over channels. On data of their own kind (16 to 2,000 images) the worst sites of
     # ResNet-20, ResNet-8 (CIFAR-10) and MobileNet (visual wake words) lie at 0.08 to 0.25; under noise, blur, contrast
@@ -28,9 +28,8 @@ class DataShift(Rule):
     error: float = 0.5
 
     def check(self, facts: Facts) -> Iterator[Finding]:
-        distances = {name: value for name, value in facts.distances.items() if name not in facts.new}
-        worst = max(distances, key=lambda name: distances[name], default=None)
-        for name, value in distances.items():
+        worst = max(facts.distances, key=lambda name: facts.distances[name], default=None)
+        for name, value in facts.distances.items():
             if value > self.limit:
                 yield Finding(
                     rule=self.id,
@@ -39,15 +38,20 @@ class DataShift(Rule):
                     value=value,
                     unit="source sd",
                     limit=self.limit,
-                    message="The data do not look here as the model was trained to expect: it normalises by statistics "
-                    "of other data.",
+                    message="What these data send into the layer is not what it was trained on, yet it still subtracts the "
+                    "mean and divides by the spread of the old data.",
                     advice=self._advice(facts, worst),
                 )
 
     @staticmethod
     def _advice(facts: Facts, worst: str | None) -> str:
-        mend = "Recalibrate on this data, and keep the result only if it holds up on data you can check."
+        mend = (
+            "Recalibrate, and keep the result only if it holds up: renorm recalibrate MODEL DATA --check DATA -o OUT "
+            "(recalibrate_ with check=)."
+        )
         if worst == next(iter(facts.distances), None):
-            return "It is worst at the first layer, so look at the preprocessing first (scale, mean, channel order). " + mend
+            return (
+                "It is worst at the first layer, so look at the preprocessing first (scale, mean, channel order). "
+                + mend
+            )
         return mend
-

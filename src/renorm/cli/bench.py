@@ -1,0 +1,47 @@
+"""`renorm bench SUITE --data DIR`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from renorm.cli.base import Command, argument, option
+
+if TYPE_CHECKING:
+    from renorm.cli.screen import Screen
+    from renorm.report.base import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Command):
+    """Run a benchmark of renorm and write its table; an interrupted one goes on where it stopped."""
+
+    name: ClassVar = "bench"
+    example: ClassVar = "renorm bench recalibrate --data data/ --size quick"
+
+    suite: str = argument("the name of a suite")
+    data: str = option("", "the folder with the data sets and weights", metavar="DIR", required=True)
+    size: Literal["quick", "full"] = option("quick", "quick takes minutes, full takes hours")
+    seeds: int = option(3, "how often every cell is repeated")
+    output: str = option("benchmarks/results", "the folder for tables and rows", short="-o", metavar="DIR")
+
+    def run(self, screen: Screen) -> Report:
+        from renorm.bench.runner import CellDone, Finished, open_suite, run_suite
+        from renorm.report.base import Report, Words
+
+        suite = open_suite(self.suite, data=self.data, size=self.size, seeds=self.seeds)
+        rows, written, text = 0, "", ""
+        total = sum(1 for _ in suite.cells())
+        for event in screen.steps(run_suite(suite, out=self.output), self.suite, total=total + 2):
+            if isinstance(event, CellDone):
+                rows += 1
+            elif isinstance(event, Finished):
+                written, text = str(event.report), event.text
+        return Report(
+            command=self.name,
+            model="",
+            data=self.data,
+            verdict=Words(f"{rows} cells were run now, {total} are in the table.", "good", f"Written to {written}"),
+            blocks=(Words(text),),
+            result={"suite": self.suite, "size": self.size, "report": written, "cells": total, "run_now": rows},
+        )

@@ -1,0 +1,75 @@
+"""What most commands are about: a model, data that it runs on, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from renorm.cli.base import Command, argument, option
+
+if TYPE_CHECKING:
+    from renorm.datasets.base import Dataset
+    from renorm.models import Model
+
+MODEL = "timm:NAME, torchvision:NAME, file.py:factory or package.module:factory"
+DATA = "an image folder, a .npz or .npy file, or digits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnModel(Command):
+    """A command that opens a model and runs it on data."""
+
+    model: str = argument(MODEL)
+    checkpoint: str = option("", "weights to load: .safetensors, or a .pt of weights alone", metavar="FILE")
+    pretrained: bool = option(False, "fetch the published weights of a timm or torchvision model")
+    num_classes: int | None = option(None, "build the model with so many outputs")
+    batch_size: int = option(64, "samples in a batch")
+    limit: int | None = option(None, "read at most so many samples, drawn at random")
+    split: str = option("", "part of the data: images_NAME in a .npz, or a subfolder", metavar="NAME")
+    labels: str = option("labels", "the array of a .npz that holds the labels", metavar="NAME")
+    seed: int = option(0, "of the random order in which the data are read")
+    device: str = option("", "where to run, such as cpu or cuda (default: where the model is)", metavar="NAME")
+    precision: Literal["float32", "bf16"] = option("float32", "bf16 is faster, and less exact")
+    channels_last: bool = option(False, "lay images out with channels last: often faster on convolutions")
+
+    def opened(self) -> Model:
+        """The model, with its checkpoint."""
+        from renorm.models import open_model
+
+        return open_model(
+            self.model,
+            checkpoint=self.checkpoint or None,
+            num_classes=self.num_classes,
+            pretrained=self.pretrained,
+        )
+
+    def dataset(self, spec: str, model: Model) -> Dataset:
+        """The data called `spec`, prepared for `model`."""
+        from renorm.datasets.load import load_data
+
+        return load_data(
+            spec,
+            preprocessing=model.preprocessing,
+            batch_size=self.batch_size,
+            labels=self.labels,
+            limit=self.limit,
+            split=self.split,
+            seed=self.seed,
+            classes=model.classes,
+        )
+
+    def calling(self) -> dict[str, Any]:
+        """How to run the model, as every verb takes it."""
+        import torch
+
+        return {
+            "device": self.device or None,
+            "autocast": torch.bfloat16 if self.precision == "bf16" else None,
+            "channels_last": self.channels_last,
+        }
+
+
+def notes(*opened: Model | Dataset | None) -> tuple[str, ...]:
+    """What was said while opening: how pixels became input, what was loaded or left out; the same thing once."""
+    said = [f"{each.spec}: {note}" for each in opened if each is not None for note in each.notes]
+    return tuple(dict.fromkeys(said))

@@ -1,0 +1,33 @@
+"""Folders whose files share one interface: dropping a file in adds the member, and nothing else is edited."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import isabstract
+from pkgutil import iter_modules
+from typing import TypeVar
+
+Member = TypeVar("Member")
+
+
+def members(package: str, interface: type[Member], *, key: str = "name") -> dict[str, type[Member]]:
+    """Every concrete subclass of `interface` that a module of `package` defines, by its attribute `key`, sorted by that."""
+    path = import_module(package).__path__
+    modules = [import_module(f"{package}.{found.name}") for found in iter_modules(path)]
+    found = {
+        getattr(thing, key): thing
+        for module in modules
+        for thing in vars(module).values()
+        if isinstance(thing, type) and issubclass(thing, interface) and not isabstract(thing)
+        if thing.__module__ == module.__name__
+    }
+    return dict(sorted(found.items()))
+
+
+def stub(package: str, interface: type[Member]) -> str:
+    """The text of the package's `__init__.pyi`: what a type checker, which cannot scan folders, is told of the members."""
+    lines = sorted(
+        f"from {member.__module__} import {member.__name__} as {member.__name__}"
+        for member in members(package, interface).values()
+    )
+    return "\n".join(["# written by `make stubs`; a test compares it with the folder", *lines, ""])

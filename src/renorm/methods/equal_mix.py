@@ -1,0 +1,248 @@
+"""Compare target and source at the same class mix, so that other shares of classes are not taken for another domain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from renorm.calls import Caller, nonempty, read, several_passes
+from renorm.errors import UsageError
+from renorm.methods.base import Estimate, Method
+from renorm.moments import TINY, Moments
+from renorm.observe import measure, visiting
+from renorm.profile import Profile, class_logits
+from renorm.shift import Shift
+from renorm.sites import Site
+from renorm.state import evaluating, preserving
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualMix(Method):
+    """Every site holds what the target's moments would be if its classes were mixed as the source's.
+
+    passes    how often the batches are read at the most; the first time every batch is run twice
+    settled   stop once the class mix changed by less than this between two passes (sum over classes, 0 to 2)
+    doubt     how much the source's own class mix counts in that estimate, as a share of the images; 0 believes the predictions,
+              and is best where few classes are there, but runs away where the model mistakes most images for one class
+    widest    the largest ratio of standard deviations, target to source, that a channel is believed, either way
+    images    target images that weigh as much as the doubt about their moments
+
+    Needs `source=`. Each pass normalises every site by the moments found so far, so that what is measured downstream is what
+    will be seen there; it then re-estimates the class mix from all predictions (Saerens, Latinne and Decaestecker 2002).
+    Memory: one row of class probabilities per image. On one process: give it all the batches.
+    """
+
+    name: ClassVar[str] = "equal_mix"
+    cites: ClassVar[str] = (
+        "@article{saerens2002adjusting, title={Adjusting the outputs of a classifier to new a priori probabilities: a simple "
+        "procedure}, author={Saerens, Marco and Latinne, Patrice and Decaestecker, Christine}, journal={Neural Computation}, "
+        "volume={14}, number={1}, pages={21--41}, year={2002}}"
+    )
+
+    passes: int = 6
+    settled: float = 0.02
+    doubt: float = 0.1
+    widest: float = 30.0
+    images: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.passes < 1 or self.passes != int(self.passes):
+            raise UsageError(f"passes is how often the batches are read, 1 or more; got {self.passes!r}.")
+        if min(self.settled, self.doubt, self.images) < 0:
+            raise UsageError(
+                f"settled, doubt and images are 0 or more; got {self.settled!r}, {self.doubt!r} and {self.images!r}."
+            )
+        if not self.widest >= 1:
+            raise UsageError(f"widest is a ratio of standard deviations, 1 or more; got {self.widest!r}.")
+
+    def estimate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        sites: list[Site],
+        caller: Caller,
+        source: Profile | None = None,
+    ) -> Estimate:
+        if source is None:
+            raise UsageError(
+                "the method 'equal_mix' compares the target with a profile of the source; make one with "
+                "renorm.profile(model, source_batches) and pass it as source=, or use method='pooled'."
+            )
+        several_passes(batches, asked="the method 'equal_mix'")
+        source.check(model)
+        search = _Search(self, source, [site for site in sites if site.name in source.held])
+        with preserving(model), evaluating(model), visiting(model, search.sites, search.visit):
+            search.hold_source()
+            while search.passes < self.passes and (search.passes < 2 or search.change >= self.settled):
+                search.read(model, batches, caller)
+        moments, weights = search.result()
+        return Estimate(
+            moments=moments,
+            target=search.earlier,
+            weights=weights,
+            samples=search.samples,
+            batches=search.batches,
+            unvisited=tuple(site.name for site in sites if site.name not in moments),
+            passes=search.passes,
+            notes=search.notes(),
+        )
+
+
+def equal_mix(target: Moments, source_there: Moments, source_home: Moments, *, eps: float, widest: float) -> Moments:
+    """The target's moments at the source's own class mix: the shift found at equal mix, applied to the source at home.
+
+    With t, t² the target's mean and variance, (μπ, vπ) the source's at the target's class mix and (μ0, v0) at its own, the
+    domains differ per channel by x → a x + b with a² = t²/vπ, so that the mean is `t + a (μ0 − μπ)` and the variance `a² v0`.
+    The class offset is scaled by a: unscaled, low contrast and fog come out wrong. `eps` is the layer's, added to both
+    variances of the ratio; a stays within 1/widest and widest.
+
+    Shapes: all (C,).
+    """
+    ratio = (target.var + eps) / (source_there.var + eps)
+    scale2 = ratio.clamp(widest**-2, widest**2)
+    mean = target.mean + scale2.sqrt() * (source_home.mean - source_there.mean)
+    return Moments(target.count, mean, scale2 * source_home.var)
+
+
+def class_mix(
+    probabilities: Tensor, prior: Tensor, *, doubt: float = 0.0, rounds: int = 100, enough: float = 1e-4
+) -> Tensor:
+    """The likeliest class mix of samples with these probabilities under a model whose classes are mixed as `prior`.
+
+    Expectation maximisation (Saerens et al. 2002, eq. 2.7), from the prior, until the sum of changes is below `enough`.
+    `doubt` adds that many images of the prior's mix per image given: the mode under a Dirichlet prior.
+    Shapes: probabilities (N, K), prior and result (K,), both summing to one.
+    """
+    prior = prior.clamp_min(1e-3 / len(prior))  # a class that no profiled image had may be here all the same
+    mix = start = prior / prior.sum()
+    for _ in range(rounds):
+        before, mix = mix, (responsibilities(probabilities, mix, prior).mean(0) + doubt * start) / (1 + doubt)
+        if float((mix - before).abs().sum()) < enough:
+            break
+    return mix
+
+
+def responsibilities(probabilities: Tensor, mix: Tensor, prior: Tensor) -> Tensor:
+    """Class probabilities under the mix `mix` of a model trained under `prior` (Bayes). Shapes: (N, K), (K,), (K,) → (N, K)."""
+    weighted = probabilities * (mix / prior.clamp_min(1e-3 / len(prior)))
+    return weighted / weighted.sum(1, keepdim=True).clamp_min(TINY)
+
+
+class _Search:
+    """The state between batches and passes: moments measured, and the classes presumed to be in them.
+
+    A pass replaces the moments of the pass before it batch by batch, so that every batch meets moments of as many images,
+    and the first ones count no more than the last.
+    """
+
+    def __init__(self, method: EqualMix, source: Profile, sites: list[Site]) -> None:
+        self.sites = sites
+        self.passes = self.samples = self.batches = 0
+        self.change = float("inf")
+        self.earlier: dict[str, Moments] = {}
+        self._method, self._source = method, source
+        self._home = source.at(source.prior)
+        self._mix = source.prior
+        self._seen: dict[str, Moments] = {}
+        self._now: dict[str, Moments] = {}
+        self._there = self._home
+        self._images = self._kept = 0.0
+        self._watching = False
+
+    def read(self, model: nn.Module, batches: Iterable[Any], caller: Caller) -> None:
+        """One pass over the batches; afterwards `earlier` holds what it measured, and the class mix is found anew."""
+        classes, images, count = torch.zeros_like(self._mix), 0, 0
+        predicted: list[Tensor] = []
+        for index, batch in nonempty(batches, asked="the method 'equal_mix'"):
+            samples, presumed = self._presume(model, batch, caller, index)
+            self._kept = max(0, self.samples - images - samples) / max(1, self.samples)
+            kept = self._kept * self.samples
+            self._images = kept + images + samples
+            self._there = self._source.at((kept * self._mix + classes + samples * presumed) / self._images)
+            probabilities = self._probabilities(model, batch, caller, index)
+            self._commit()
+            sure = responsibilities(probabilities, self._mix, self._source.prior) if self.passes else probabilities
+            classes, images, count = classes + sure.sum(0), images + samples, count + 1
+            predicted.append(probabilities.float())
+        mix = class_mix(torch.cat(predicted).double(), self._source.prior, doubt=self._method.doubt)
+        self.change = float((mix - self._mix).abs().sum())
+        self._mix, self.earlier, self._seen = mix, self._seen, {}
+        self.samples, self.batches, self.passes = images, count, self.passes + 1
+
+    def visit(self, site: Site, x: Tensor) -> None:
+        """Measure, and let the site normalise by the blend that follows from all that was measured."""
+        if not self._watching or not x.numel():
+            return
+        name = site.name
+        values = measure(x, axis=site.axis).values.to("cpu")
+        self._now[name] = total = self._now[name].merge(values) if name in self._now else values
+        if name in self._seen:
+            total = total.merge(self._seen[name])
+        if self._kept and name in self.earlier:
+            total = total.merge(_counted(self.earlier[name], self._kept))
+        site.normalise_by_(self._blend(site, total, self._there[name], self._images)[0])
+
+    def hold_source(self) -> None:
+        """Between forwards the model holds its source's statistics: a fused layer may read them before they are lent."""
+        for site in self.sites:
+            site.normalise_by_(self._source.held[site.name])
+
+    def result(self) -> tuple[dict[str, Moments], dict[str, float]]:
+        """What every visited site should hold, and the source's share in it."""
+        there = self._source.at(self._mix)
+        found = {
+            site.name: self._blend(site, self.earlier[site.name], there[site.name], self.samples)
+            for site in self.sites
+            if site.name in self.earlier
+        }
+        return {n: moments for n, (moments, _) in found.items()}, {n: weight for n, (_, weight) in found.items()}
+
+    def notes(self) -> tuple[str, ...]:
+        if self.change < self._method.settled:
+            return ()
+        return (
+            f"the class mix still changed by {self.change:.3f} in the last of {self.passes} passes, "
+            f"{self._method.settled:g} was asked for: few images, or predictions that say little about the class.",
+        )
+
+    def _presume(self, model: nn.Module, batch: Any, caller: Caller, index: int) -> tuple[int, Tensor]:
+        """How many samples a batch has and which classes: in the first pass half what the source model sees in it."""
+        if self.passes:
+            return read(batch).samples, self._mix
+        seen = self._probabilities(model, batch, caller, index, watching=False)
+        if seen.shape[1] != len(self._mix):
+            raise UsageError(
+                f"the profile has {len(self._mix)} classes and the model gives logits of {seen.shape[1]}; "
+                "make a profile of this model: renorm.profile(model, source_batches)."
+            )
+        return len(seen), 0.5 * seen.mean(0) + 0.5 * self._source.prior
+
+    def _probabilities(
+        self, model: nn.Module, batch: Any, caller: Caller, index: int, *, watching: bool = True
+    ) -> Tensor:
+        self._watching = watching
+        result = caller.run(model, batch, index=index)
+        if watching:
+            self.hold_source()
+        return class_logits(caller.logits(result, asked="the method 'equal_mix'"), result.samples).softmax(1)
+
+    def _commit(self) -> None:
+        for name, values in self._now.items():
+            self._seen[name] = self._seen[name].merge(values) if name in self._seen else values
+        self._now = {}
+
+    def _blend(self, site: Site, target: Moments, there: Moments, images: float) -> tuple[Moments, float]:
+        held = self._source.held[site.name]
+        home = equal_mix(target, there, self._home[site.name], eps=site.eps, widest=self._method.widest)
+        moved = Shift.between(held, home, eps=site.eps).moved
+        weight = 1 - moved / (self._source.gap(site.name) + moved) * images / (images + self._method.images)
+        return held.blend(home, source_weight=weight, cross_term=False), weight
+
+
+def _counted(moments: Moments, share: float) -> Moments:
+    return Moments(moments.count * share, moments.mean, moments.var)

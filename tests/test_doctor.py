@@ -1,0 +1,226 @@
+"""The doctor: each rule finds what it is for, a healthy model is healthy, and no model is changed by being looked at."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from renorm.doctor import diagnose
+from renorm.errors import BatchError
+from renorm.rules.base import PASSES, SEVERITIES, Finding, catalogue
+from renorm.rules.data_shift import DataShift
+from tests.data import shared
+
+
+def trained(*, channels: int = 6) -> nn.Sequential:
+    """A network whose statistics are those of standard normal images."""
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4)
+    )
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    model.train()(images(400))
+    return model.eval()
+
+
+def images(count: int, *, scale: float = 1.0, offset: float = 0.0, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * scale + offset
+
+
+def rules(findings: tuple[Finding, ...]) -> set[str]:
+    return {finding.rule for finding in findings}
+
+
+def test_a_model_that_fits_its_data_is_healthy() -> None:
+    diagnosis = diagnose(trained(), [images(50), images(50, seed=2)])
+    assert diagnosis.healthy
+    assert diagnosis.findings == ()
+    assert diagnosis.worst is None
+    assert diagnosis.samples == 100
+    assert set(diagnosis.shifts) == set(diagnosis.distances) == {"1", "4"}
+    assert str(diagnosis) == "nothing wrong was found"
+
+
+def test_a_model_without_batch_norm_is_healthy() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.LayerNorm(4))
+    for batches in (None, [images(3)]):
+        diagnosis = diagnose(model, batches)
+        assert diagnosis.healthy
+        assert [site.kind for site in diagnosis.sites] == ["layer"]
+
+
+def test_without_data_only_the_model_is_looked_at() -> None:
+    diagnosis = diagnose(trained())
+    assert diagnosis.shifts == {}
+    assert diagnosis.samples == 0
+    assert diagnosis.unvisited == ()
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(0.2, 0.0), (1.0, 3.0), (4.0, 0.0)])
+def test_shifted_data_are_found_worst_first(scale: float, offset: float) -> None:
+    diagnosis = diagnose(trained(), [images(100, scale=scale, offset=offset)])
+    assert not diagnosis.healthy
+    assert rules(diagnosis.findings) == {"BN302"}
+    values = [finding.value for finding in diagnosis.findings]
+    assert values == sorted(values, reverse=True)
+    assert diagnosis.worst == diagnosis.findings[0]
+    assert list(diagnosis.distances.values()) == sorted(diagnosis.distances.values(), reverse=True)
+    assert diagnosis.worst.severity == "error"
+    assert diagnosis.worst.unit == "source sd"
+
+
+def test_the_advice_names_preprocessing_where_the_first_layer_is_worst() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    nn.init.zeros_(model[1].weight)  # nothing passes on, so the second layer sees no shift
+    for norm in (model[0], model[2]):
+        norm.momentum = None
+    model.train()(images(100))
+    diagnosis = diagnose(model.eval(), [images(100, scale=255)])
+    assert diagnosis.worst is not None
+    assert diagnosis.worst.site == "0"
+    assert "preprocessing first" in diagnosis.worst.advice
+
+
+def test_few_images_do_not_look_like_a_shift() -> None:
+    """Twelve images of the source's own kind: the sampling error is taken off the distance."""
+    diagnosis = diagnose(trained(), [images(12, seed=7)])
+    assert diagnosis.healthy
+    for site, shift in diagnosis.shifts.items():
+        assert diagnosis.distances[site] < shift.layer.wasserstein2
+
+
+def test_one_image_says_nothing() -> None:
+    assert set(diagnose(trained(), [images(1, scale=5)]).distances.values()) == {0.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_impossible_statistics_are_an_error(value: float) -> None:
+    model = trained()
+    model[1].running_var[2] = value
+    worst = diagnose(model).worst
+    assert worst is not None
+    assert (worst.rule, worst.site, worst.severity, worst.value) == ("BN108", "1", "error", 1.0)
+    with_data = diagnose(model, [images(20)])
+    assert with_data.worst is not None
+    assert with_data.worst.rule == "BN108"
+    assert all(math.isfinite(distance) for distance in with_data.distances.values())
+
+
+def test_statistics_that_a_checkpoint_lost_are_an_error() -> None:
+    model = trained()
+    for norm in (model[1], model[4]):
+        norm.reset_running_stats()
+    findings = diagnose(model).findings
+    assert [(f.rule, f.severity) for f in findings] == [("BN105", "error")] * 2
+    # and what was never estimated is not called a shift of the data besides
+    assert rules(diagnose(model, [images(20, scale=9)]).findings) == {"BN105"}
+
+
+def test_a_layer_that_training_never_reached_is_a_warning() -> None:
+    model = trained()
+    model[0].add_module("unused", nn.BatchNorm2d(5))  # inside a layer that does not call it
+    diagnosis = diagnose(model, [images(50)])
+    assert [(f.rule, f.site, f.severity) for f in diagnosis.findings] == [("BN105", "0.unused", "warning")]
+    assert diagnosis.unvisited == ("0.unused",)
+
+
+def test_an_untrained_model_is_told_once_and_is_healthy() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval()
+    for batches in (None, [images(20, scale=9)]):
+        diagnosis = diagnose(model, batches)
+        assert diagnosis.healthy
+        assert [(f.rule, f.severity, f.value) for f in diagnosis.findings] == [("BN105", "info", 2.0)]
+
+
+def test_a_batch_norm_without_statistics_is_a_warning() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    finding = diagnose(model).worst
+    assert finding is not None
+    assert (finding.rule, finding.site, finding.severity) == ("BN104", "0", "warning")
+    assert diagnose(nn.LazyBatchNorm2d()).healthy
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var)
+
+
+def test_batch_norm_called_as_a_function_is_reported() -> None:
+    diagnosis = diagnose(Functional(), [images(5), images(5)])
+    assert [(f.rule, f.severity, f.value) for f in diagnosis.findings] == [("BN312", "info", 1.0)]
+
+
+def test_errors_come_before_warnings_before_infos() -> None:
+    model = trained()
+    model[0].add_module("unused", nn.BatchNorm2d(5))  # inside a layer that does not call it
+    model[1].running_mean[0] = math.nan
+    severities = [f.severity for f in diagnose(model, [images(20)]).findings]
+    assert severities == sorted(severities, key=SEVERITIES.index)
+    assert len(set(severities)) > 1
+
+
+def test_the_model_is_the_same_afterwards() -> None:
+    model = trained()
+    model[4].train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    diagnose(model, [images(20, scale=3)])
+    with pytest.raises(BatchError, match="NaN or infinite"):
+        diagnose(model, [images(20), torch.full((2, 3, 8, 8), math.nan)])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_batches_are_read_once() -> None:
+    reads = 0
+
+    class Counted(list[Tensor]):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            nonlocal reads
+            reads += 1
+            return super().__iter__()
+
+    diagnose(trained(), Counted([images(10)]))
+    assert reads == 1
+
+
+def test_every_rule_says_what_it_needs_and_where_to_look() -> None:
+    for rule in catalogue().values():
+        assert rule.__doc__
+        assert rule.title
+        assert set(rule.needs) <= set(PASSES)
+        assert rule.passes() <= 1
+
+
+def test_the_limit_is_that_of_the_rule() -> None:
+    assert DataShift().limit < DataShift().error
+    distance = diagnose(trained(), [images(200, scale=0.8)]).distances["1"]
+    assert (distance > DataShift.limit) == (not diagnose(trained(), [images(200, scale=0.8)]).healthy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("contrast", "healthy"), [(1.0, True), (0.15, False)])
+def test_a_real_network_on_its_own_data_and_on_low_contrast(contrast: float, healthy: bool) -> None:
+    from renorm.models import open_model
+
+    model = open_model(f"{shared('nets.py')}:resnet20", checkpoint=shared("weights/resnet20-12fca82f.th"))
+    pixels = np.load(shared("cifar10_lossless_test200.npz"))["images"] / 255.0
+    mean = pixels.mean((1, 2), keepdims=True)
+    pixels = mean + contrast * (pixels - mean)
+    assert model.preprocessing is not None
+    inputs = model.preprocessing.tensor(torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
+    diagnosis = diagnose(model.module, list(inputs.split(50)))
+    assert diagnosis.healthy is healthy
