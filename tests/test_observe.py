@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import sys
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -370,3 +371,31 @@ def test_when_one_rank_fails_all_do_and_none_waits(ranks: Any) -> None:
     first, second = ranks("failure")
     assert "NaN" in first["message"]
     assert "rank 0 failed" in second["message"]
+
+
+@pytest.fixture
+def second_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Another rank, played in this process: it answers every exchange with a function of what this one sends."""
+
+    def join(answer: Any) -> None:
+        def all_gather(out: list[Tensor], sent: Tensor) -> None:
+            out[0].copy_(sent)
+            out[1].copy_(answer(sent))
+
+        monkeypatch.setattr(sys.modules["renorm.observe"], "_ranks", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+        monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+
+    return join
+
+
+def test_no_batch_on_any_rank_is_refused(second_rank: Any) -> None:
+    second_rank(lambda sent: sent)
+    with pytest.raises(BatchError, match="batches on several ranks, but there was none in any of them"):
+        observe(zoo.named("bn2d").build(), [], under="running")
+
+
+def test_the_failure_of_another_rank_is_raised_here_too(second_rank: Any) -> None:
+    second_rank(lambda sent: 1 - sent)
+    with pytest.raises(BatchError, match="observe stopped because rank 1 failed; its own message says why"):
+        observe(zoo.named("bn2d").build(), [zoo.named("bn2d").batch()], under="running")

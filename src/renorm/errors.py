@@ -59,7 +59,9 @@ class UnknownName(UsageError):
     """`asked` is no `what` that is known; the message offers the nearest known name and lists them."""
 
     def __init__(self, what: str, asked: str, known: Iterable[str]) -> None:
-        self.what, self.asked, self.known = what, asked, tuple(known)
+        self.what: str = what
+        self.asked: str = asked
+        self.known: tuple[str, ...] = tuple(known)
         close = _close(asked, self.known)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         super().__init__(f"there is no {what} {asked!r}{hint} {_listed(what, self.known, close)}")
@@ -97,7 +99,9 @@ class MissingExtra(RenormError, ImportError):
     """`package`, which `purpose` needs, is not installed; the message names the `extra` that brings it."""
 
     def __init__(self, extra: str, package: str, purpose: str) -> None:
-        self.extra, self.package, self.purpose = extra, package, purpose
+        self.extra: str = extra
+        self.package: str = package
+        self.purpose: str = purpose
         super().__init__(f'{purpose} needs {package}, which is not installed: pip install "renorm[{extra}]"')
 
     def __reduce__(self) -> tuple[Any, ...]:

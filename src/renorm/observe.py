@@ -32,7 +32,10 @@ class Observation(dict[str, Observed]):
         self, seen: Mapping[str, Observed], *, samples: int, batches: int, unvisited: Sequence[str], functional: int
     ):
         super().__init__(seen)
-        self.samples, self.batches, self.unvisited, self.functional = samples, batches, tuple(unvisited), functional
+        self.samples: int = samples
+        self.batches: int = batches
+        self.unvisited: tuple[str, ...] = tuple(unvisited)
+        self.functional: int = functional
 
 
 def observe(

@@ -163,12 +163,12 @@ def _write(sites: list[Site], moments: Mapping[str, Moments], batches: int) -> N
         found = moments.get(site.name)
         if found is None:
             continue
-        if not bool(torch.isfinite(found.mean).all() & torch.isfinite(found.var).all()):
+        site.write_(found)
+        if not all(bool(torch.isfinite(held).all()) for held in site.tensors or ()):
             raise BatchError(
                 f"the statistics measured at {site.name!r} are not finite: activations overflow on these batches. "
                 "Check the inputs' scale, or run in float32."
             )
-        site.write_(found)
         counter = getattr(site.module, "num_batches_tracked", None)
         if isinstance(counter, torch.Tensor):
             counter.data.fill_(batches)  # what momentum=None goes on averaging from
@@ -177,12 +177,13 @@ def _write(sites: list[Site], moments: Mapping[str, Moments], batches: int) -> N
 def _judge(
     before: Outputs, after: Outputs, profile: Profile | None, shifts: Mapping[str, Shift]
 ) -> tuple[bool, str, Trust | None]:
-    if before.labels is not None and after.labels is not None:
-        was, now = (METRICS["accuracy"](o.logits, o.labels) for o in (before, after))
-        why = f"on {len(before.labels)} labelled check samples accuracy went from {was:.1%} to {now:.1%}"
+    if before.labels is not None:
+        labels = before.labels
+        was, now = (METRICS["accuracy"](logits, labels) for logits in (before.logits, after.logits))
+        why = f"on {len(labels)} labelled check samples accuracy went from {was:.1%} to {now:.1%}"
         if now != was:
             return now > was, why, None
-        was, now = (METRICS["nll"](o.logits, o.labels) for o in (before, after))
+        was, now = (METRICS["nll"](logits, labels) for logits in (before.logits, after.logits))
         return now <= was, f"{why}, and the mean negative log likelihood from {was:.3g} to {now:.3g}", None
     moved = sum(shift.moved for shift in shifts.values()) / max(1, len(shifts))
     verdict = trust(before.logits, after.logits, source=profile, moved=moved)

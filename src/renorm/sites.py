@@ -191,7 +191,7 @@ def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     keras = hasattr(module, "_flatten_layers")
-    layers = [layer for layer in module._layers if isinstance(layer, nn.Module)] if keras else []
+    layers = [layer for layer in cast(Any, module)._layers if isinstance(layer, nn.Module)] if keras else []
     for name, child in module.named_children():
         # Keras: `_functional` holds the same layers once more, `_torch_params` only tensors
         if not (layers and name in ("_functional", "_torch_params")):
@@ -218,8 +218,8 @@ def _kind(module: nn.Module) -> Kind | None:
     if _statistics(module) is not None:
         return "batch"
     # other libraries' own layers, by name; a block named after the norm layer inside it is no second one
-    kind = next((kind for kind, pattern in _NAMES.items() if re.search(pattern, type(module).__name__)), None)
-    return kind if kind is not None and not any(_kind(m) for m in module.children()) else None
+    named = (kind for kind, pattern in _NAMES.items() if re.search(pattern, type(module).__name__))
+    return None if any(_kind(child) for child in module.children()) else next(named, None)
 
 
 _CLASSES: dict[Kind, type | tuple[type, ...]] = {

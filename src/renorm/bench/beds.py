@@ -134,7 +134,7 @@ class ResNet20(Bed):
 
     name = "resnet20"
     classes = 10
-    shifts = (
+    shifts: ClassVar[tuple[str, ...]] = (
         corruptions.CLEAN,
         "gaussian_noise",
         "shot_noise",
@@ -145,7 +145,12 @@ class ResNet20(Bed):
         "pixelate",
         "jpeg_compression",
     )
-    needs = ("nets.py", "weights/resnet20-12fca82f.th", "cifar10_test.npz", "cifar10_lossless_train4k.npz")
+    needs: ClassVar[tuple[str, ...]] = (
+        "nets.py",
+        "weights/resnet20-12fca82f.th",
+        "cifar10_test.npz",
+        "cifar10_lossless_train4k.npz",
+    )
 
     SOURCE = 2000  # labelled source images: enough for the moments of ten classes
 
@@ -175,7 +180,7 @@ class MobileNetVWW(Bed):
 
     name = "mobilenet_vww"
     classes = 2
-    shifts = (
+    shifts: ClassVar[tuple[str, ...]] = (
         corruptions.CLEAN,
         "gaussian_noise",
         "defocus_blur",
@@ -186,7 +191,7 @@ class MobileNetVWW(Bed):
         "pixelate",
         "jpeg_compression",
     )
-    needs = ("nets.py", "weights/mobilenet025_vww.pt", "vww1000.npz")
+    needs: ClassVar[tuple[str, ...]] = ("nets.py", "weights/mobilenet025_vww.pt", "vww1000.npz")
 
     def source(self, *, seed: int) -> Labelled:
         images, labels = _arrays(self.data / "vww1000.npz")

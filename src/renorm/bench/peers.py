@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ def fvcore(model: nn.Module, batches: Sequence[Tensor]) -> None:
     Raises:
         MissingExtra: fvcore is not installed.
     """
-    precise_bn = require("fvcore.nn.precise_bn", extra="bench", purpose="comparing with fvcore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit, which fvcore's other modules still use
+        precise_bn = require("fvcore.nn.precise_bn", extra="bench", purpose="comparing with fvcore")
     model.train()
     precise_bn.update_bn_stats(model, batches, num_iters=len(batches))
     model.eval()

@@ -89,9 +89,9 @@ def _known(bed: Bed, seed: int) -> Any:
 class Recalibrate(Suite):
     """ResNet-20 on CIFAR-10 and MobileNet on photographs: shifted or not, few images or many, all classes or some."""
 
-    name: ClassVar = "recalibrate"
-    revision: ClassVar = 1
-    needs: ClassVar = tuple(dict.fromkeys(file for bed in BEDS.values() for file in bed.needs))
+    name: ClassVar[str] = "recalibrate"
+    revision: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys(file for bed in BEDS.values() for file in bed.needs))
 
     def cells(self) -> Iterator[Cell]:
         for name, bed in BEDS.items():

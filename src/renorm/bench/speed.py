@@ -46,10 +46,10 @@ CHEAPER: dict[str, Way] = {
 class Speed(Suite):
     """Ratios of times at equal images and at equal error; the ways of a cell take turns, so load hits all alike."""
 
-    name: ClassVar = "speed"
-    revision: ClassVar = 1
-    needs: ClassVar = ResNet20.needs
-    timed: ClassVar = True
+    name: ClassVar[str] = "speed"
+    revision: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ResNet20.needs
+    timed: ClassVar[bool] = True
 
     def cells(self) -> Iterator[Cell]:
         for network in NETWORKS:

@@ -18,7 +18,8 @@ class Store:
     """Rows of one suite at one revision in the file `path`; rows of other revisions stay there, unread."""
 
     def __init__(self, path: Path, revision: int) -> None:
-        self.path, self.revision = path, revision
+        self.path: Path = path
+        self.revision: int = revision
         self._rows = {row.cell.key: row for row in self._read()}
 
     def has(self, cell: Cell) -> bool:

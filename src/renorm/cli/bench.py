@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Bench(Command):
     """Run a benchmark of renorm and write its table; an interrupted one goes on where it stopped."""
 
-    name: ClassVar = "bench"
-    example: ClassVar = "renorm bench recalibrate --data data/ --size quick"
+    name: ClassVar[str] = "bench"
+    example: ClassVar[str] = "renorm bench recalibrate --data data/ --size quick"
 
     suite: str = argument("the name of a suite")
     data: str = option("", "the folder with the data sets and weights", metavar="DIR", required=True)

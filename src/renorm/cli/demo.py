@@ -23,8 +23,8 @@ class Demo(Command):
     Offline, seeded, under a minute; nothing is written. The digits ship with scikit-learn.
     """
 
-    name: ClassVar = "demo"
-    example: ClassVar = "renorm demo"
+    name: ClassVar[str] = "demo"
+    example: ClassVar[str] = "renorm demo"
 
     def run(self, screen: Screen) -> Report:
         from renorm.bench import digits, story

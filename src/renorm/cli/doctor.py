@@ -20,8 +20,8 @@ class Doctor(OnModel):
     Without DATA the model alone is looked at. Exit code 0: healthy; 1: errors or warnings were found. Nothing is changed.
     """
 
-    name: ClassVar = "doctor"
-    example: ClassVar = "renorm doctor nets.py:resnet20 --checkpoint resnet20.safetensors photos/"
+    name: ClassVar[str] = "doctor"
+    example: ClassVar[str] = "renorm doctor nets.py:resnet20 --checkpoint resnet20.safetensors photos/"
 
     data: str = argument(f"{DATA}; no labels needed", required=False)
     source: str = option("", "a profile of the source, made by renorm profile", metavar="FILE")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Evaluate(OnModel):
     """Measure how good a model is on labelled data, with the interval that says how far to believe it."""
 
-    name: ClassVar = "evaluate"
-    example: ClassVar = "renorm evaluate nets.py:resnet20 --checkpoint resnet20.safetensors photos/ --metric top5"
+    name: ClassVar[str] = "evaluate"
+    example: ClassVar[str] = "renorm evaluate nets.py:resnet20 --checkpoint resnet20.safetensors photos/ --metric top5"
 
     data: str = argument(f"{DATA}; with labels")
     metric: str = option(

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from renorm.cli.base import Command, Setting, settings
 from renorm.errors import UnknownName, UsageError
 
-PLACEHOLDER = {int: "N", float: "X", str: "TEXT"}
+PLACEHOLDER: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 def parse(kind: type[Command], words: Sequence[str]) -> Command:

@@ -21,8 +21,10 @@ class MakeProfile(OnModel):
     then safe where the target has other classes, or the same ones in other shares.
     """
 
-    name: ClassVar = "profile"
-    example: ClassVar = "renorm profile nets.py:resnet20 --checkpoint resnet20.safetensors train/ -o resnet20.profile"
+    name: ClassVar[str] = "profile"
+    example: ClassVar[str] = (
+        "renorm profile nets.py:resnet20 --checkpoint resnet20.safetensors train/ -o resnet20.profile"
+    )
 
     data: str = argument(f"{DATA}; labelled data of the source that the model was not trained on, where there are any")
     output: str = option("", "the profile to write", short="-o", metavar="FILE", required=True)

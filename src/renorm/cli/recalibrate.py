@@ -25,8 +25,8 @@ class Recalibrate(OnModel):
     the model's own confidence where they have none. Exit code 0: written; 1: it did not hold up, nothing was written.
     """
 
-    name: ClassVar = "recalibrate"
-    example: ClassVar = (
+    name: ClassVar[str] = "recalibrate"
+    example: ClassVar[str] = (
         "renorm recalibrate nets.py:resnet20 --checkpoint resnet20.safetensors photos/ -o new.safetensors"
     )
 

@@ -17,9 +17,9 @@ class DataShift(Rule):
     never estimated (BN105) are no source to be far from.
     """
 
-    id: ClassVar = "BN302"
-    title: ClassVar = "data shift"
-    needs: ClassVar = ("distances",)
+    id: ClassVar[str] = "BN302"
+    title: ClassVar[str] = "data shift"
+    needs: ClassVar[tuple[str, ...]] = ("distances",)
 
     # Source standard deviations, mean over channels. On data of their own kind (16 to 2,000 images) the worst sites of
     # ResNet-20, ResNet-8 (CIFAR-10) and MobileNet (visual wake words) lie at 0.08 to 0.25; under noise, blur, contrast

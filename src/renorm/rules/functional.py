@@ -13,9 +13,9 @@ from renorm.rules.base import Facts, Finding, Rule
 class Functional(Rule):
     """A forward pass that calls `F.batch_norm` with statistics of no layer has batch norms that no tool can find or mend."""
 
-    id: ClassVar = "BN312"
-    title: ClassVar = "batch norm out of reach"
-    needs: ClassVar = ("observed",)
+    id: ClassVar[str] = "BN312"
+    title: ClassVar[str] = "batch norm out of reach"
+    needs: ClassVar[tuple[str, ...]] = ("observed",)
 
     def check(self, facts: Facts) -> Iterator[Finding]:
         calls = facts.observed.functional

@@ -20,9 +20,9 @@ class NeverCalibrated(Rule):
     Where nothing in the model was ever trained, that is said once, for information.
     """
 
-    id: ClassVar = "BN105"
-    title: ClassVar = "statistics never estimated"
-    needs: ClassVar = ("held", "new")
+    id: ClassVar[str] = "BN105"
+    title: ClassVar[str] = "statistics never estimated"
+    needs: ClassVar[tuple[str, ...]] = ("held", "new")
 
     def check(self, facts: Facts) -> Iterator[Finding]:
         sites = [site for site in facts.batch if site.name in facts.held]

@@ -14,9 +14,9 @@ from renorm.sites import is_lazy
 class NoStatistics(Rule):
     """A batch norm that holds no statistics normalises every batch by itself, in evaluation too."""
 
-    id: ClassVar = "BN104"
-    title: ClassVar = "no statistics"
-    needs: ClassVar = ("batch",)
+    id: ClassVar[str] = "BN104"
+    title: ClassVar[str] = "no statistics"
+    needs: ClassVar[tuple[str, ...]] = ("batch",)
 
     def check(self, facts: Facts) -> Iterator[Finding]:
         for site in facts.batch:

@@ -13,9 +13,9 @@ from renorm.rules.base import Facts, Finding, Rule
 class NonFinite(Rule):
     """A mean or variance that is NaN, infinite or (the variance) negative makes every output of its channel worthless."""
 
-    id: ClassVar = "BN108"
-    title: ClassVar = "impossible statistics"
-    needs: ClassVar = ("held",)
+    id: ClassVar[str] = "BN108"
+    title: ClassVar[str] = "impossible statistics"
+    needs: ClassVar[tuple[str, ...]] = ("held",)
 
     def check(self, facts: Facts) -> Iterator[Finding]:
         for name, held in facts.held.items():
