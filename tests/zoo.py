@@ -22,6 +22,8 @@ from tests import animals
 from tests.animals import convs
 
 Place = tuple[str, str, int]  # name, kind, channels
+SIZES = (6, 6, 2)  # samples in the batches of a case
+WITHOUT = ("no-norm", "tokens")  # cases in which no batch norm stands
 
 
 def itself(x: Tensor) -> Any:
@@ -65,6 +67,18 @@ class Case:
         generator = torch.Generator().manual_seed(1000 + seed)
         x = torch.randn(samples, *self.shape, generator=generator) * 2 + 0.5
         return self.pack(x.to(self.dtype))
+
+    def batches(self) -> list[Any]:
+        """A loader's worth: two batches, and a ragged last one."""
+        return [self.batch(samples, seed) for seed, samples in enumerate(SIZES)]
+
+    def settled(self) -> nn.Module:
+        """The model after whatever Keras does to itself when it is called first."""
+        model = self.build()
+        if "keras" in self.tags:
+            with torch.no_grad():
+                self.call(model, self.batch())
+        return model
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         """The model's output, as a user would get it."""
@@ -450,6 +464,11 @@ def cases(*, without: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> list[
         for case in CASES
         if not case.tags & set(without) and (not only or case.tags & set(only))
     ]
+
+
+def with_batch_norm() -> list[Any]:
+    """The cases, as pytest parameters, that have a batch norm with statistics as they come."""
+    return [parameter for parameter in cases(without=("lazy",)) if parameter.id not in WITHOUT]
 
 
 def named(name: str) -> Case:

@@ -12,12 +12,6 @@ from tests import zoo
 from tests.contracts.photograph import differences, photograph, process
 
 
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined():
-    yield
-    zoo.leave_group()
-
-
 @pytest.mark.parametrize("case", zoo.cases())
 def test_the_sites_are_those_that_stand_there(case: zoo.Case) -> None:
     model = case.build()

@@ -16,20 +16,12 @@ from renorm.sites import batch_sites
 from tests import zoo
 from tests.contracts.photograph import differences, photograph, process
 
-WITHOUT = ("no-norm", "tokens", "lazy")
 every_method = pytest.mark.parametrize("name", sorted(catalogue()))
-usable = pytest.mark.parametrize("case", [p for p in zoo.cases(without=("lazy",)) if p.id not in WITHOUT])
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined() -> Iterator[None]:
-    yield
-    zoo.leave_group()
 
 
 def batches(case: zoo.Case) -> list[Any]:
     """Tuples of one, so that a second input is not taken for labels."""
-    return [(case.batch(samples, seed),) for seed, samples in enumerate((6, 6, 2))]
+    return [(batch,) for batch in case.batches()]
 
 
 def scores(output: Any) -> Tensor:
@@ -46,7 +38,7 @@ def prepared(case: zoo.Case) -> tuple[Any, Caller, Profile]:
 
 
 @every_method
-@usable
+@pytest.mark.parametrize("case", zoo.with_batch_norm())
 def test_a_model_comes_out_as_it_went_in(case: zoo.Case, name: str) -> None:
     model, caller, known = prepared(case)
     before, around = photograph(model), process()
@@ -68,7 +60,7 @@ def test_a_model_comes_out_as_it_went_in(case: zoo.Case, name: str) -> None:
 
 
 @every_method
-@usable
+@pytest.mark.parametrize("case", zoo.with_batch_norm())
 def test_a_batch_that_fails_leaves_every_bit(case: zoo.Case, name: str) -> None:
     class Failing:
         def __iter__(self) -> Iterator[Any]:

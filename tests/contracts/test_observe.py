@@ -10,34 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from renorm.observe import observe
 from renorm.sites import find_sites, unwrap
 from tests import zoo
 from tests.contracts.photograph import differences, photograph, process
 from tests.reference import observing as twin
-
-SIZES = (6, 6, 2)  # the last batch is ragged
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined() -> Iterator[None]:
-    yield
-    zoo.leave_group()
-
-
-def batches(case: zoo.Case) -> list[Any]:
-    return [case.batch(samples, seed) for seed, samples in enumerate(SIZES)]
-
-
-def settled(case: zoo.Case) -> nn.Module:
-    """The case's model after whatever Keras does to itself when it is called first."""
-    model = case.build()
-    if "keras" in case.tags:
-        with torch.no_grad():
-            case.call(model, case.batch())
-    return model
 
 
 class Stop(KeyboardInterrupt):
@@ -60,14 +38,14 @@ def test_observing_equals_its_twin(case: zoo.Case, under: str) -> None:
     if case.name == "no-statistics" and under == "running":
         pytest.skip("a layer without statistics normalises by the batch in evaluation too: its twin is the other one")
     model = case.build()
-    got = observe(model, batches(case), under=under, forward=case.forward)
+    got = observe(model, case.batches(), under=under, forward=case.forward)
     plain = unwrap(case.build())
     for module in list(plain.modules()):
         module._compiled_call_impl = None
     layers = {s.name: (s.module, s.axis) for s in find_sites(plain) if s.kind == "batch"}
     torch._dynamo.reset()
     with torch.compiler.set_stance("force_eager"):
-        wanted = twin.observe(plain, layers, batches(case), under=under, call=case.call)
+        wanted = twin.observe(plain, layers, case.batches(), under=under, call=case.call)
     assert list(got) == case.reached(model) == list(wanted)
     tolerance = 3e-2 if "narrow" in case.tags else 2e-2 if case.name == "quantisation-aware" else 2e-5
     for name, seen in got.items():
@@ -84,9 +62,9 @@ def test_observing_equals_its_twin(case: zoo.Case, under: str) -> None:
 @under
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy",)))
 def test_observing_changes_nothing(case: zoo.Case, under: str) -> None:
-    model = settled(case)
+    model = case.settled()
     before, around = photograph(model), process()
-    observe(model, batches(case), under=under, forward=case.forward)
+    observe(model, case.batches(), under=under, forward=case.forward)
     assert differences(before, photograph(model)) == []
     assert process() == around
 
@@ -94,10 +72,10 @@ def test_observing_changes_nothing(case: zoo.Case, under: str) -> None:
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), Stop("control-C")], ids=["loader", "keyboard"])
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy",)))
 def test_a_loader_that_stops_midway_leaves_nothing_changed(case: zoo.Case, error: BaseException) -> None:
-    model = settled(case)
+    model = case.settled()
     before, around = photograph(model), process()
     with pytest.raises(type(error), match=str(error)):
-        observe(model, interrupted_after(batches(case)[:2], error), under="batch", forward=case.forward)
+        observe(model, interrupted_after(case.batches()[:2], error), under="batch", forward=case.forward)
     assert differences(before, photograph(model)) == []
     assert process() == around
 
@@ -105,7 +83,7 @@ def test_a_loader_that_stops_midway_leaves_nothing_changed(case: zoo.Case, error
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), Stop("control-C")], ids=["forward", "keyboard"])
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy", "keras")))
 def test_a_forward_that_fails_midway_leaves_nothing_changed(case: zoo.Case, error: BaseException) -> None:
-    model = settled(case)
+    model = case.settled()
     reached = [s.module for s in find_sites(model) if s.name in case.reached(model)]
     calls: list[torch.Tensor] = []
 
@@ -117,7 +95,7 @@ def test_a_forward_that_fails_midway_leaves_nothing_changed(case: zoo.Case, erro
     (reached[-1] if reached else unwrap(model)).register_forward_hook(fail)
     before, around = photograph(model), process()
     with pytest.raises(type(error), match=str(error)):
-        observe(model, batches(case) * 2, under="batch", forward=case.forward)
+        observe(model, case.batches() * 2, under="batch", forward=case.forward)
     assert differences(before, photograph(model)) == []
     assert process() == around
 
@@ -125,10 +103,10 @@ def test_a_forward_that_fails_midway_leaves_nothing_changed(case: zoo.Case, erro
 @under
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy", "keras", "compiled", "wrapped")))
 def test_a_model_in_training_is_observed_as_in_evaluation_and_stays_in_training(case: zoo.Case, under: str) -> None:
-    wanted = observe(case.build(), batches(case), under=under, forward=case.forward)
+    wanted = observe(case.build(), case.batches(), under=under, forward=case.forward)
     model = case.build().train()
     before = photograph(model)
-    got = observe(model, batches(case), under=under, forward=case.forward)
+    got = observe(model, case.batches(), under=under, forward=case.forward)
     assert differences(before, photograph(model)) == []
     assert list(got) == list(wanted)
     for name in got:
@@ -139,17 +117,17 @@ def test_a_model_in_training_is_observed_as_in_evaluation_and_stays_in_training(
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy",)))
 def test_what_was_not_reached_is_named_and_what_is_functional_counted(case: zoo.Case) -> None:
     model = case.build()
-    seen = observe(model, batches(case), under="running", forward=case.forward)
+    seen = observe(model, case.batches(), under="running", forward=case.forward)
     assert set(seen.unvisited) == set(case.idle)
-    assert seen.samples == sum(SIZES)
-    assert seen.batches == len(SIZES)
+    assert seen.samples == sum(zoo.SIZES)
+    assert seen.batches == len(zoo.SIZES)
     assert seen.functional == ("functional" in case.tags)
 
 
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy", "keras", "wrapped", "compiled")))
 def test_a_copy_observes_the_same(case: zoo.Case) -> None:
     model = case.build()
-    first = observe(model, batches(case), under="batch", forward=case.forward)
-    second = observe(copy.deepcopy(model), batches(case), under="batch", forward=case.forward)
+    first = observe(model, case.batches(), under="batch", forward=case.forward)
+    second = observe(copy.deepcopy(model), case.batches(), under="batch", forward=case.forward)
     for name in first:
         assert torch.equal(first[name].values.var, second[name].values.var)

@@ -18,32 +18,11 @@ from renorm.sites import find_sites
 from tests import zoo
 from tests.contracts.photograph import differences, photograph, process
 
-SIZES = (6, 6, 2)
-WITHOUT = {case.name for case in zoo.CASES if case.name in ("no-norm", "tokens")}
 BIASED = {  # Keras stores the variance that it normalises by
     *(("keras-sequential", name) for name in ("bn", "inner.deep")),
     *(("keras-functional", name) for name in ("first", "twice")),
     ("keras-within-torch", "4"),
 }
-usable = pytest.mark.parametrize("case", [p for p in zoo.cases(without=("lazy",)) if p.id not in WITHOUT])
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined() -> Iterator[None]:
-    yield
-    zoo.leave_group()
-
-
-def batches(case: zoo.Case) -> list[Any]:
-    return [case.batch(samples, seed) for seed, samples in enumerate(SIZES)]
-
-
-def settled(case: zoo.Case) -> nn.Module:
-    model = case.build()
-    if "keras" in case.tags:
-        with torch.no_grad():
-            case.call(model, case.batch())
-    return model
 
 
 def statistics(model: nn.Module) -> dict[str, Any]:
@@ -65,29 +44,29 @@ def allowed(key: str) -> bool:
     return key.endswith(held)
 
 
-@usable
+@pytest.mark.parametrize("case", zoo.with_batch_norm())
 def test_only_statistics_change_and_undoing_brings_every_bit_back(case: zoo.Case) -> None:
-    model = settled(case)
+    model = case.settled()
     before, around, keys = photograph(model), process(), list(model.state_dict())
-    adaptation = recalibrate_(model, batches(case), forward=case.forward)
+    adaptation = recalibrate_(model, case.batches(), forward=case.forward)
     changed = [key for key in differences(before, photograph(model)) if key != "state_dict"]
     assert changed
     assert [key for key in changed if not allowed(key)] == []
     assert list(model.state_dict()) == keys
     assert process() == around
-    assert adaptation.samples == sum(SIZES)
+    assert adaptation.samples == sum(zoo.SIZES)
     adaptation.restore_()
     assert differences(before, photograph(model)) == []
     adaptation.restore_()
     assert differences(before, photograph(model)) == []
 
 
-@usable
+@pytest.mark.parametrize("case", zoo.with_batch_norm())
 def test_without_a_prior_a_site_holds_what_was_measured_and_idle_sites_what_they_held(case: zoo.Case) -> None:
     model = case.build()
-    seen = observe(model, batches(case), under="batch", forward=case.forward)
+    seen = observe(model, case.batches(), under="batch", forward=case.forward)
     before = statistics(model)
-    adaptation = recalibrate_(model, batches(case), prior=0, forward=case.forward)
+    adaptation = recalibrate_(model, case.batches(), prior=0, forward=case.forward)
     assert set(adaptation.unvisited) == set(case.idle)
     assert set(adaptation.shifts) == set(case.reached(model)) - set(case.silent)
     narrow = "narrow" in case.tags
@@ -102,24 +81,24 @@ def test_without_a_prior_a_site_holds_what_was_measured_and_idle_sites_what_they
         torch.testing.assert_close(held.var, var, rtol=2e-2 if narrow else 1e-6, atol=1e-6)
 
 
-@usable
+@pytest.mark.parametrize("case", zoo.with_batch_norm())
 def test_a_model_in_any_mode_stays_in_it(case: zoo.Case) -> None:
-    model = settled(case)
+    model = case.settled()
     for module in model.modules():
         module.training = random.random() < 0.5
     modes = [module.training for module in model.modules()]
-    recalibrate_(model, batches(case), forward=case.forward)
+    recalibrate_(model, case.batches(), forward=case.forward)
     assert [module.training for module in model.modules()] == modes
 
 
-@usable
+@pytest.mark.parametrize("case", zoo.with_batch_norm())
 def test_a_loader_that_fails_midway_leaves_every_bit(case: zoo.Case) -> None:
     def failing() -> Iterator[Any]:
-        yield from batches(case)[:2]
+        yield from case.batches()[:2]
         torch.rand(3)
         raise OSError("the disk is gone")
 
-    model = settled(case)
+    model = case.settled()
     before, around = photograph(model), process()
     with pytest.raises(OSError, match="the disk is gone"):
         recalibrate_(model, failing(), forward=case.forward)
@@ -127,10 +106,10 @@ def test_a_loader_that_fails_midway_leaves_every_bit(case: zoo.Case) -> None:
     assert process() == around
 
 
-@usable
+@pytest.mark.parametrize("case", zoo.with_batch_norm())
 def test_two_recalibrations_are_undone_in_turn_only(case: zoo.Case) -> None:
-    model = settled(case)
-    first = recalibrate_(model, batches(case), prior=0, forward=case.forward)
+    model = case.settled()
+    first = recalibrate_(model, case.batches(), prior=0, forward=case.forward)
     between = photograph(model)
     second = recalibrate_(model, [case.batch(9, seed=7)], prior=0, forward=case.forward)
     with pytest.raises(OpenChange, match="undoing recalibrate_ was asked for, but recalibrate_ came after it at"):
@@ -140,13 +119,13 @@ def test_two_recalibrations_are_undone_in_turn_only(case: zoo.Case) -> None:
     first.restore_()
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT))
+@pytest.mark.parametrize("name", zoo.WITHOUT)
 def test_models_without_batch_norm_are_refused_and_stay(name: str) -> None:
     case = zoo.named(name)
     model = case.build()
     before = photograph(model)
     with pytest.raises(NoBatchNorm, match="recalibrate_ needs batch norm layers that hold running statistics"):
-        recalibrate_(model, batches(case))
+        recalibrate_(model, case.batches())
     assert differences(before, photograph(model)) == []
 
 
