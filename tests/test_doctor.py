@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from renorm.doctor import diagnose
 from renorm.errors import BatchError
+from renorm.profile import profile
 from renorm.rules.base import PASSES, SEVERITIES, Finding, catalogue
 from renorm.rules.data_shift import DataShift
 from tests.data import shared
@@ -86,6 +87,20 @@ def test_the_advice_names_preprocessing_where_the_first_layer_is_worst() -> None
     assert diagnosis.worst is not None
     assert diagnosis.worst.site == "0"
     assert "preprocessing first" in diagnosis.worst.advice
+
+
+def test_with_a_profile_a_sources_own_distance_is_no_shift() -> None:
+    """A checkpoint whose statistics never fitted its source well: with a profile, the same data are not called shifted."""
+    own = images(300, scale=1.6, seed=5)
+    model = trained()
+    model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    known = profile(model, [own])
+    fresh, farther = images(300, scale=1.6, seed=6), images(300, scale=3.0, seed=6)
+    assert not diagnose(model, [fresh]).healthy
+    assert diagnose(model, [fresh], source=known).healthy
+    diagnosis = diagnose(model, [farther], source=known)
+    assert not diagnosis.healthy
+    assert all(finding.limit > DataShift.limit for finding in diagnosis.findings)
 
 
 def test_few_images_do_not_look_like_a_shift() -> None:

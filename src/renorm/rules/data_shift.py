@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import expm1, sqrt
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
@@ -14,7 +15,8 @@ class DataShift(Rule):
     """At a site, the 2-Wasserstein distance of data from held statistics, less its sampling error, exceeds a limit.
 
     Effect sizes set the limits, never p-values: with enough images every difference is significant. Statistics that were
-    never estimated (BN105) are no source to be far from.
+    never estimated (BN105) are no source to be far from. With a source profile, a site at which the source's own data lie
+    farther than the limit is held to that distance and a quarter more instead.
     """
 
     id: ClassVar[str] = "BN302"
@@ -30,14 +32,18 @@ class DataShift(Rule):
     def check(self, facts: Facts) -> Iterator[Finding]:
         worst = max(facts.distances, key=lambda name: facts.distances[name], default=None)
         for name, value in facts.distances.items():
-            if value > self.limit:
+            # a gap is a mean of squares, of log ratios among them: the mean distance of the same data, and a margin
+            # for the noise in both
+            own = 0.0 if facts.source is None else 1.25 * expm1(sqrt(facts.source.gap(name)))
+            limit = max(self.limit, own)
+            if value > limit:
                 yield Finding(
                     rule=self.id,
                     site=name,
-                    severity="error" if value > self.error else "warning",
+                    severity="error" if value > max(self.error, own) else "warning",
                     value=value,
                     unit="source sd",
-                    limit=self.limit,
+                    limit=limit,
                     message="What these data send into the layer is not what it was trained on, yet it still subtracts the "
                     "mean and divides by the spread of the old data.",
                     advice=self._advice(facts, worst),
