@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -475,12 +476,18 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_real_ctrl_c_in_the_middle_of_a_forward(folder: Path) -> None:
     words = [sys.executable, "-m", "renorm", "recalibrate", "nets.py:Slow", "far.npz", "-o", "new.pt"]
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
-    assert running.stdout is not None
-    assert running.stdout.readline() == "running\n"
-    time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    # a test run in the background of a shell has SIGINT ignored, and children inherit that
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=folder, preexec_fn=heed) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == "running\n"
+            time.sleep(0.2)
+            running.send_signal(signal.SIGINT)
+            _, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130
     assert err == "renorm: interrupted; nothing was written.\n"
     assert not list(folder.glob("*new*"))

@@ -259,7 +259,7 @@ def test_a_loader_without_batches_is_refused() -> None:
 
 def test_one_value_per_channel_in_all_is_refused_with_the_sites() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(2))
-    with pytest.raises(BatchError, match=r"gave 2 one value per channel in all"):
+    with pytest.raises(BatchError, match=r"gave '2' one value per channel in all"):
         observe(model, [torch.randn(1, 2, 4, 4)], under="running")
     with pytest.raises(BatchError, match=r"gave the model itself one value"):
         observe(nn.BatchNorm1d(2), [torch.randn(1, 2)], under="running")

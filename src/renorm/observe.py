@@ -330,7 +330,7 @@ def _shifted(observed: Observed, center: Tensor) -> Observed:
 
 
 def _refuse_single_values(seen: Mapping[str, Observed]) -> None:
-    alone = [name or "the model itself" for name, observed in seen.items() if observed.values.count < 2]
+    alone = [repr(name) if name else "the model itself" for name, observed in seen.items() if observed.values.count < 2]
     if alone:
         raise BatchError(
             f"the batches gave {', '.join(alone[:3])}{' and others' if len(alone) > 3 else ''} one value per channel in all "

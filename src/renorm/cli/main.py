@@ -21,7 +21,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no bars still gets its numbers
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()  # here, where a reader that has gone is expected, and not while Python shuts down
+        return code
     except KeyboardInterrupt:
         _say("interrupted; nothing was written.")
         return INTERRUPTED
