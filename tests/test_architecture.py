@@ -24,7 +24,7 @@ ROOMS = (
     # words, and numbers: tensors in, tensors out
     *("errors", "family", "moments", "shift", "affine"),
     # model: nn.Module, no data
-    *("layers", "sites", "state", "surgery", "policy", "split"),
+    *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches
     *("calls", "observe", "evaluate", "verify", "trust", "files", "provenance", "checkpoints", "profile", "guard"),
     *("methods", "recalibrate", "regularisers", "finetune", "lean", "graph", "fold", "export", "adapters", "watch"),
