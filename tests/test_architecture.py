@@ -47,6 +47,18 @@ PUBLIC = (
     *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
     *("Profile", "Diagnosis", "Adaptation", "Score", "Gap"),
+    *(
+        "freeze_",
+        "unfreeze_",
+        "frozen",
+        "apply_policy_",
+        "policies",
+        "policy_table",
+        "parameter_groups",
+        "check_groups",
+        "split",
+    ),
+    *("Freeze", "Policy", "Split"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 

@@ -27,7 +27,9 @@ CONVENTIONS: dict[str, Convention] = {
     "flax": Convention(keeps=True, momentum=0.99, eps=1e-5),
 }
 
-SUSPICIOUS = 0.5  # torch's momentum says how much a new batch counts; one that counts more than all before is no average
+SUSPICIOUS = (
+    0.5  # torch's momentum says how much a new batch counts; one that counts more than all before is no average
+)
 
 
 def to_torch(library: str, momentum: float | None = None, eps: float | None = None) -> dict[str, float]:

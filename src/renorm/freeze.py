@@ -65,7 +65,9 @@ def freeze_(
             "input and holds none yet; run the model on one batch yourself, then freeze it."
         )
     _refuse_half_modules(able, chosen)
-    return hold_("freeze_", model, chosen if statistics else [], {id(p) for s in chosen if affine for p in s.affine.values()})
+    return hold_(
+        "freeze_", model, chosen if statistics else [], {id(p) for s in chosen if affine for p in s.affine.values()}
+    )
 
 
 def unfreeze_(model: nn.Module) -> None:

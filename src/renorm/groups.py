@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from renorm.errors import UsageError
-from renorm.sites import find_sites, unwrap
+from renorm.sites import find_sites, parameters_of, unwrap
 from renorm.split import split
 
 
@@ -38,22 +38,25 @@ def parameter_groups(
             raise UsageError(f"{what} is a number of at least 0; got {value!r}.")
     if not 0 < depth_decay <= 1:
         raise UsageError(f"depth_decay is the factor from one stage to the one before, in (0, 1]; got {depth_decay!r}.")
-    inner = unwrap(model)
     parts = split(model, head)
     norms = {id(p) for site in find_sites(model) for p in site.affine.values()}
-    exempt = set(getattr(inner, "no_weight_decay", set)())
+    exempt = set(getattr(unwrap(model), "no_weight_decay", set)())
     groups: dict[tuple[int, str, bool], list[Tensor]] = {}
-    for name, parameter in inner.named_parameters():
+    for name, parameter in parameters_of(model).items():
         if parameter.requires_grad:
             stage, norm = parts.stage_of(name), id(parameter) in norms
             kind = "norm" if norm and not parts.is_head(name) else "weights"
             decays = not (norm or parameter.dim() <= 1 or name in exempt or name.rpartition(".")[2] in exempt)
             groups.setdefault((stage, kind, decays), []).append(parameter)
     if not groups:
-        raise UsageError("parameter_groups was asked for what trains, and no parameter of the model asks for a gradient.")
+        raise UsageError(
+            "parameter_groups was asked for what trains, and no parameter of the model asks for a gradient."
+        )
     last = len(parts.stages)
     found = []
-    for (stage, kind, decays), parameters in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2])):
+    for (stage, kind, decays), parameters in sorted(
+        groups.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2])
+    ):
         base = norm_lr if kind == "norm" and norm_lr is not None else lr
         rate = base * depth_decay ** (last - 1 - stage)
         if stage == last:
@@ -77,7 +80,7 @@ def check_groups(model: nn.Module, groups: Optimizer | Iterable[dict[str, Any]])
     """
     held = groups.param_groups if isinstance(groups, Optimizer) else groups
     inside = {id(p) for group in held for p in group["params"]}
-    named = list(unwrap(model).named_parameters())
+    named = list(parameters_of(model).items())
     missing = [name for name, p in named if p.requires_grad and id(p) not in inside]
     fixed = [name for name, p in named if not p.requires_grad and id(p) in inside]
     if missing or fixed:

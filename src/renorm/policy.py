@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from torch import nn
 
 from renorm.errors import NoBatchNorm, UnknownName, UsageError
 from renorm.freeze import Freeze, held_by, hold_, holds_statistics
-from renorm.sites import Site, find_sites, unwrap
+from renorm.sites import Site, find_sites, parameters_of, unwrap
 from renorm.split import Split, split
 
 Part = Literal["affine", "head", "rest"]
@@ -48,20 +49,39 @@ def _preset(
     return Policy(name=name, statistics=statistics, trains=frozenset(trains), last=last, suits=suits)
 
 
-POLICIES: dict[str, Policy] = {
-    policy.name: policy
-    for policy in (
-        _preset("all", "moving", *PARTS, suits="much data, batches of 32 and more; what a plain script in train() does"),
-        _preset("frozen", "source", "head", "rest", suits="detection and small batches: the norm layers are constants"),
-        _preset("frozen-statistics", "source", *PARTS, suits="small batches, a target near the source"),
-        _preset("recalibrate-then-freeze", "target", *PARTS, suits="small batches, a target far from the source"),
-        _preset("statistics-only", "moving", suits="unlabelled data; `recalibrate_` does it better, in one pass"),
-        _preset("affine-only", "moving", "affine", suits="the same classes under another sensor; tiny to store"),
-        _preset("affine-and-head", "moving", "affine", "head", suits="other classes, few parameters: what an adapter keeps"),
-        _preset("last-only", "moving", "affine", "head", last=True, suits="another resolution (FixRes, Touvron et al. 2019)"),
-        _preset("head-only", "source", "head", suits="very few labels: a new head on fixed features"),
-    )
-}
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        policy.name: policy
+        for policy in (
+            _preset(
+                "all", "moving", *PARTS, suits="much data, batches of 32 and more; what a plain script in train() does"
+            ),
+            _preset(
+                "frozen", "source", "head", "rest", suits="detection and small batches: the norm layers are constants"
+            ),
+            _preset("frozen-statistics", "source", *PARTS, suits="small batches, a target near the source"),
+            _preset("recalibrate-then-freeze", "target", *PARTS, suits="small batches, a target far from the source"),
+            _preset("statistics-only", "moving", suits="unlabelled data; `recalibrate_` does it better, in one pass"),
+            _preset("affine-only", "moving", "affine", suits="the same classes under another sensor; tiny to store"),
+            _preset(
+                "affine-and-head",
+                "moving",
+                "affine",
+                "head",
+                suits="other classes, few parameters: what an adapter keeps",
+            ),
+            _preset(
+                "last-only",
+                "moving",
+                "affine",
+                "head",
+                last=True,
+                suits="another resolution (FixRes, Touvron et al. 2019)",
+            ),
+            _preset("head-only", "source", "head", suits="very few labels: a new head on fixed features"),
+        )
+    }
+)
 
 
 def apply_policy_(
@@ -102,7 +122,7 @@ def apply_policy_(
             return "affine" in chosen.trains and id(parameter) in last
         return "rest" in chosen.trains
 
-    parameters = dict(unwrap(model).named_parameters())
+    parameters = parameters_of(model)
     stopped = {id(p) for name, p in parameters.items() if not trains(name, p)}
     if chosen.trains and not any(p.requires_grad for p in parameters.values() if id(p) not in stopped):
         _refuse_nothing(chosen, parts, [p for p in parameters.values() if id(p) not in stopped])
@@ -110,6 +130,11 @@ def apply_policy_(
 
 
 _LABEL = "apply_policy_"
+
+
+def policies() -> Mapping[str, Policy]:
+    """The presets by name; `policies()["frozen"].suits` says when to take that one."""
+    return POLICIES
 
 
 def preset(policy: str | Policy) -> Policy:
@@ -159,7 +184,9 @@ class PolicyTable(tuple[Row, ...]):
     def counts(self) -> dict[str, tuple[int, int]]:
         """{part: how many of its rows move, and how many there are}."""
         parts = dict.fromkeys(row.part for row in self)
-        return {part: (sum(r.moves for r in self if r.part == part), sum(r.part == part for r in self)) for part in parts}
+        return {
+            part: (sum(r.moves for r in self if r.part == part), sum(r.part == part for r in self)) for part in parts
+        }
 
 
 def policy_table(model: nn.Module, *, head: Literal["auto"] | str | Sequence[str] = "auto") -> PolicyTable:
@@ -170,7 +197,6 @@ def policy_table(model: nn.Module, *, head: Literal["auto"] | str | Sequence[str
     """
     parts = split(model, head)
     rows: list[Row] = []
-    names = {id(p): name for name, p in unwrap(model).named_parameters()}
     listed: set[int] = set()
     for site in find_sites(model):
         if site.kind == "batch" or site.tensors is not None:
@@ -182,9 +208,9 @@ def policy_table(model: nn.Module, *, head: Literal["auto"] | str | Sequence[str
                 part: Literal["head", "affine"] = "head" if parts.is_head(own) else "affine"
                 rows.append(_row(f"{own}.{key}" if own else key, part, parameter))
     statistics = {id(t) for site in find_sites(model) for t in site.tensors or ()}  # Keras keeps these as parameters
-    for name, parameter in unwrap(model).named_parameters():
+    for name, parameter in parameters_of(model).items():
         if id(parameter) not in listed | statistics:
-            rows.append(_row(names[id(parameter)], "head" if parts.is_head(name) else "rest", parameter))
+            rows.append(_row(name, "head" if parts.is_head(name) else "rest", parameter))
     return PolicyTable(rows)
 
 
@@ -199,7 +225,10 @@ def _statistics(site: Site) -> tuple[bool, str]:
         return False, "frozen: train() does not reach it"
     if not site.tracks:
         momentum = hasattr(site.module, "momentum") and site.momentum == 0
-        return False, "momentum is 0, yet in training the batch normalises" if momentum else "the layer never moves them"
+        return (
+            False,
+            "momentum is 0, yet in training the batch normalises" if momentum else "the layer never moves them",
+        )
     asks = any(p.requires_grad for p in site.affine.values())
     return True, "" if asks else "train() moves them, though its affine is fixed"
 

@@ -217,6 +217,18 @@ def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from below("", root)
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of `model` once, under the name of the module in `walk` that holds it and its own."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, module in walk(unwrap(model)):
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{name}.{key}" if name else key] = parameter
+    return found
+
+
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     keras = hasattr(module, "_flatten_layers")
     layers = [layer for layer in cast(Any, module)._layers if isinstance(layer, nn.Module)] if keras else []

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from renorm.errors import UnknownName, UsageError
-from renorm.sites import find_sites, unwrap, walk
+from renorm.sites import find_sites, parameters_of, unwrap, walk
 
 STAGES = 4  # fewer than these are taken apart further: a stem and three stages is what the nets of all libraries have
 
@@ -86,7 +86,9 @@ def _find_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
             return []
         return [name for name, child in model.named_children() if name != base and _size(child)]
     children = [name for name in modules if name and "." not in name]
-    usual = next((_last_layer(name, modules) for name in _NAMES if name in children and _last_layer(name, modules)), None)
+    usual = next(
+        (_last_layer(name, modules) for name in _NAMES if name in children and _last_layer(name, modules)), None
+    )
     if usual is None:
         linear = [name for name, module in modules.items() if type(module).__name__ in _LINEAR and _size(module)]
         usual = linear[-1] if linear else None
@@ -136,7 +138,7 @@ def _parts(name: str, modules: dict[str, nn.Module], head: Sequence[str]) -> Ite
 
 def _outside(name: str, module: nn.Module, head: Sequence[str]) -> bool:
     """Whether a module holds parameters that are not the head's."""
-    return any(not _within(f"{name}.{inner}", head) for inner, _ in module.named_parameters())
+    return any(not _within(f"{name}.{inner}", head) for inner in parameters_of(module))
 
 
 def _joined(parts: Sequence[str], modules: dict[str, nn.Module], head: Sequence[str]) -> list[list[str]]:
@@ -145,7 +147,7 @@ def _joined(parts: Sequence[str], modules: dict[str, nn.Module], head: Sequence[
     for part in parts:
         module = modules[part]
         own = {id(p) for site in find_sites(module) for p in site.affine.values()}
-        if stages and all(id(p) in own or _within(f"{part}.{name}", head) for name, p in module.named_parameters()):
+        if stages and all(id(p) in own or _within(f"{part}.{name}", head) for name, p in parameters_of(module).items()):
             stages[-1].append(part)
         else:
             stages.append([part])
