@@ -54,8 +54,8 @@ def split(model: nn.Module, head: Literal["auto"] | str | Sequence[str] = "auto"
            that has parameters, and likewise for auxiliary heads); the last linear layer
 
     Stages are the children that hold parameters, in the order they were registered. While there are fewer than four, the
-    largest is taken apart; a norm layer alone belongs to the stage before it. For a model registered in another order than
-    it runs, give nothing here much weight: learning rates by depth are all that hangs on it.
+    largest is taken apart; a norm layer alone belongs to the stage before it. In a model that runs in another order than it
+    was registered the stages are in the wrong order too. Of several outputs (detection) name the heads yourself.
     Raises UnknownName for a head that is no module of the model, UsageError for one without parameters.
     """
     inner = unwrap(model)
