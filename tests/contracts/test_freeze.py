@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,21 +27,6 @@ usable = pytest.mark.parametrize("case", [p for p in zoo.cases(without=("lazy",)
 picklable = pytest.mark.parametrize(
     "case", [p for p in zoo.cases(without=("lazy", "keras", "group", "compiled")) if p.id not in NORMLESS]
 )
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined() -> Iterator[None]:
-    yield
-    zoo.leave_group()
-
-
-def settled(case: zoo.Case) -> nn.Module:
-    """The model after one call: Keras builds some of its parts only then."""
-    model = case.build()
-    if "keras" in case.tags:
-        with torch.no_grad():
-            case.call(model, case.batch())
-    return model
 
 
 def held(model: nn.Module) -> dict[str, Any]:
@@ -86,7 +70,7 @@ def _keras(model: nn.Module) -> bool:
 
 @usable
 def test_training_moves_nothing_that_is_frozen(case: zoo.Case) -> None:
-    model = settled(case)
+    model = case.settled()
     freeze_(model)
     before = held(model)
     if "group" in case.tags:  # DistributedDataParallel waits for every gradient that it was promised: one step
@@ -98,7 +82,7 @@ def test_training_moves_nothing_that_is_frozen(case: zoo.Case) -> None:
 
 @usable
 def test_class_keys_and_hooks_stay_and_undoing_brings_every_bit_back(case: zoo.Case) -> None:
-    model = settled(case)
+    model = case.settled()
     before, keys = photograph(model), list(model.state_dict())
     handle = freeze_(model)
     inside = photograph(model)
@@ -116,7 +100,7 @@ def test_class_keys_and_hooks_stay_and_undoing_brings_every_bit_back(case: zoo.C
 
 @usable
 def test_undone_the_model_is_in_the_mode_last_asked_for(case: zoo.Case) -> None:
-    model, twin = settled(case), settled(case)
+    model, twin = case.settled(), case.settled()
     handle = freeze_(model)
     for each in (model, twin):
         each.eval()
@@ -127,7 +111,7 @@ def test_undone_the_model_is_in_the_mode_last_asked_for(case: zoo.Case) -> None:
 
 @usable
 def test_a_freeze_normalises_in_training_as_in_evaluation(case: zoo.Case) -> None:
-    model = settled(case)
+    model = case.settled()
     if "keras" in case.tags or case.name in ("dropout", "functional", "no-statistics", "quantisation-aware"):
         pytest.skip("something beside the norm layers differs between the modes")
     with torch.no_grad():
@@ -150,7 +134,7 @@ def _silence_dropout(model: nn.Module) -> None:
 @picklable
 @pytest.mark.parametrize("way", ["copy", "pickle"])
 def test_a_copy_is_frozen_and_can_be_let_go_by_itself(case: zoo.Case, way: str) -> None:
-    model = settled(case)
+    model = case.settled()
     handle = freeze_(model)
     inside = photograph(model)
     try:
@@ -173,7 +157,7 @@ def test_a_copy_is_frozen_and_can_be_let_go_by_itself(case: zoo.Case, way: str) 
 def test_a_frozen_model_can_be_recalibrated_and_stays_frozen(case: zoo.Case) -> None:
     if not any(site.kind == "batch" and site.tensors for site in find_sites(case.build())):
         pytest.skip("holds no statistics")
-    model = settled(case)
+    model = case.settled()
     handle = freeze_(model)
     start = held(model)
     adaptation = recalibrate_(model, [case.batch(6), case.batch(6, 1)], prior=0, forward=case.forward)
@@ -188,7 +172,7 @@ def test_a_frozen_model_can_be_recalibrated_and_stays_frozen(case: zoo.Case) -> 
 @usable
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_moves_what_it_says_and_is_undone(case: zoo.Case, name: str) -> None:
-    model, policy = settled(case), POLICIES[name]
+    model, policy = case.settled(), POLICIES[name]
     before = photograph(model)
     try:
         handle = apply_policy_(model, name)
