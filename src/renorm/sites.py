@@ -218,12 +218,16 @@ def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of `model` once, under the name of the module in `walk` that holds it and its own."""
+    """Every parameter of `model` once, under the name of the module in `walk` that holds it and its own (Keras: variable's)."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, module in walk(unwrap(model)):
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
+        own: dict[str, Any] = dict(module._parameters)
+        if is_keras(module):
+            keras = cast(Any, module)
+            own |= {v.name: v.value for v in (*keras._trainable_variables, *keras._non_trainable_variables)}
+        for key, parameter in own.items():
+            if isinstance(parameter, nn.Parameter) and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[f"{name}.{key}" if name else key] = parameter
     return found
