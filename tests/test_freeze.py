@@ -353,6 +353,46 @@ def test_a_lightning_loop_with_validation_holds(model: nn.Module, tmp_path: Any)
     assert model.train()[1].training
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_callback_that_sets_requires_grad_itself_cannot_move_the_statistics(tmp_path: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+        callbacks = pytest.importorskip("lightning.pytorch.callbacks", exc_type=ImportError)
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            net = zoo.named("bn2d").build()
+            self.backbone, self.head = net[:-1], net[-1]
+
+        def training_step(self, batch: Any, number: int) -> Tensor:
+            return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.01)
+
+    module = Module()
+    freeze_(module)
+    stay = statistics(module)
+    data = torch.utils.data.TensorDataset(x(16), torch.randint(3, (16,)))
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    tuning = callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_model_summary=False,
+        callbacks=[tuning],
+        **options,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+    assert statistics(module) == stay
+    told = {row.part: row.moves for row in renorm.policy_table(module)}
+    assert told["affine"]  # as the docs say: the callback asked the affine to train again, and the table shows it
+
+
 # ── refusals ──
 
 
