@@ -281,6 +281,24 @@ def test_distributed_training_holds(model: nn.Module) -> None:
     assert model[1].training
 
 
+@pytest.mark.usefixtures("group")
+def test_statistics_alone_can_be_frozen_after_wrapping_too(model: nn.Module) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimiser = torch.optim.SGD(wrapped.parameters(), 0.1)
+    step(wrapped.train(), optimiser, x())
+    freeze_(wrapped, affine=False)
+    stay = statistics(model)
+    for seed in range(3):
+        step(wrapped.train(), optimiser, x(seed=seed))
+    assert statistics(model) == stay
+
+
+def test_update_bn_of_torch_resets_even_what_is_frozen(model: nn.Module) -> None:
+    freeze_(model)
+    torch.optim.swa_utils.update_bn([x()], model)
+    assert not model[1].running_mean.any()  # as docs/policies.md warns: neither held nor re-estimated
+
+
 def test_sync_conversion_makes_new_layers_which_are_not_frozen(model: nn.Module) -> None:
     handle = freeze_(model)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)

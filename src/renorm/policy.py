@@ -53,15 +53,15 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         policy.name: policy
         for policy in (
-            _preset(
-                "all", "moving", *PARTS, suits="much data, batches of 32 and more; what a plain script in train() does"
-            ),
+            _preset("all", "moving", *PARTS, suits="much data and large batches; what a plain script in train() does"),
             _preset(
                 "frozen", "source", "head", "rest", suits="detection and small batches: the norm layers are constants"
             ),
             _preset("frozen-statistics", "source", *PARTS, suits="small batches, a target near the source"),
             _preset("recalibrate-then-freeze", "target", *PARTS, suits="small batches, a target far from the source"),
-            _preset("statistics-only", "moving", suits="unlabelled data; `recalibrate_` does it better, in one pass"),
+            _preset(
+                "statistics-only", "moving", suits="unlabelled data in a training loop; `recalibrate_` needs no loop"
+            ),
             _preset("affine-only", "moving", "affine", suits="the same classes under another sensor; tiny to store"),
             _preset(
                 "affine-and-head",
