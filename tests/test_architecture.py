@@ -24,7 +24,7 @@ ROOMS = (
     # words, and numbers: tensors in, tensors out
     *("errors", "family", "moments", "shift", "affine"),
     # model: nn.Module, no data
-    *("layers", "sites", "state", "surgery", "policy", "split"),
+    *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches
     *("calls", "observe", "evaluate", "verify", "trust", "files", "provenance", "checkpoints", "profile", "guard"),
     *("methods", "recalibrate", "regularisers", "finetune", "lean", "graph", "fold", "export", "adapters", "watch"),
@@ -47,6 +47,18 @@ PUBLIC = (
     *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
     *("Profile", "Diagnosis", "Adaptation", "Score", "Gap"),
+    *(
+        "freeze_",
+        "unfreeze_",
+        "frozen",
+        "apply_policy_",
+        "policies",
+        "policy_table",
+        "parameter_groups",
+        "check_groups",
+        "split",
+    ),
+    *("Freeze", "Policy", "Split"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 

@@ -8,9 +8,19 @@ from renorm.errors import NoBatchNorm as NoBatchNorm
 from renorm.errors import RenormError as RenormError
 from renorm.evaluate import Score as Score
 from renorm.evaluate import evaluate as evaluate
+from renorm.freeze import Freeze as Freeze
+from renorm.freeze import freeze_ as freeze_
+from renorm.freeze import frozen as frozen
+from renorm.freeze import unfreeze_ as unfreeze_
+from renorm.groups import check_groups as check_groups
+from renorm.groups import parameter_groups as parameter_groups
 from renorm.moments import Moments as Moments
 from renorm.moments import Observed as Observed
 from renorm.observe import observe as observe
+from renorm.policy import Policy as Policy
+from renorm.policy import apply_policy_ as apply_policy_
+from renorm.policy import policies as policies
+from renorm.policy import policy_table as policy_table
 from renorm.profile import Profile as Profile
 from renorm.profile import profile as profile
 from renorm.recalibrate import Adaptation as Adaptation
@@ -18,6 +28,8 @@ from renorm.recalibrate import recalibrate_ as recalibrate_
 from renorm.shift import Shift as Shift
 from renorm.sites import Site as Site
 from renorm.sites import find_sites as find_sites
+from renorm.split import Split as Split
+from renorm.split import split as split
 from renorm.verify import Gap as Gap
 from renorm.verify import verify as verify
 
@@ -27,20 +39,32 @@ __all__ = [
     "Affine",
     "BatchError",
     "Diagnosis",
+    "Freeze",
     "Gap",
     "Moments",
     "NoBatchNorm",
     "Observed",
+    "Policy",
     "Profile",
     "RenormError",
     "Score",
     "Shift",
     "Site",
+    "Split",
+    "apply_policy_",
+    "check_groups",
     "diagnose",
     "evaluate",
     "find_sites",
+    "freeze_",
+    "frozen",
     "observe",
+    "parameter_groups",
+    "policies",
+    "policy_table",
     "profile",
     "recalibrate_",
+    "split",
+    "unfreeze_",
     "verify",
 ]

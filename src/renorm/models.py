@@ -15,6 +15,7 @@ import inspect
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 
 from renorm.checkpoints import Loaded, load_
+from renorm.conventions import foreign_conventions
 from renorm.errors import ModelError, RenormError, UnknownName, UsageError, require
 from renorm.preprocessing import Preprocessing, preprocessing_of
 
@@ -53,8 +55,14 @@ def load_model(
     num_classes: int | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
-    """The module of `open_model`, which also tells its preprocessing and what was loaded."""
-    return open_model(spec, checkpoint=checkpoint, num_classes=num_classes, pretrained=pretrained).module
+    """The module of `open_model`, which also tells its preprocessing and what was loaded.
+
+    Warns where its batch norms show another library's convention (`conventions.foreign_conventions`).
+    """
+    module = open_model(spec, checkpoint=checkpoint, num_classes=num_classes, pretrained=pretrained).module
+    for note in foreign_conventions(module):
+        warnings.warn(note, stacklevel=2)
+    return module
 
 
 def open_model(
@@ -99,6 +107,7 @@ def open_model(
         notes += ("weights are random (seed 0): give a checkpoint, or ask for the pretrained ones",)
     if preprocessing is None:
         notes += ("the model does not say how pixels become its input (no `pretrained_cfg`): they are divided by 255",)
+    notes += foreign_conventions(module)
     return Model(
         module=module.eval(),
         spec=name,

@@ -62,6 +62,34 @@ class Site:
         return 1e-5
 
     @property
+    def momentum(self) -> float | None:
+        """The weight of a new batch in the running statistics, as torch means it; None: their plain average.
+
+        Keras means the weight of what is kept, and is converted. Where the layer does not say, torch's default, 0.1.
+        """
+        value = getattr(self.module, "momentum", 0.1)
+        if not isinstance(value, float | int):
+            return None
+        return 1.0 - value if self._stores_biased else float(value)
+
+    @property
+    def tracks(self) -> bool:
+        """Whether a forward in training would move the statistics: not for frozen copies, nor where they are only kept."""
+        module = self.module
+        if self.tensors is None or getattr(module, "track_running_stats", True) is False:
+            return False
+        if self._stores_biased and not getattr(module, "trainable", True):
+            return False
+        return hasattr(module, "momentum") and self.momentum != 0
+
+    @property
+    def affine(self) -> dict[str, nn.Parameter]:
+        """The scale and shift, by attribute name, as far as they are parameters: frozen copies keep buffers."""
+        keras = {name: getattr(getattr(self.module, name, None), "value", None) for name in ("gamma", "beta")}
+        own = {name: p for name, p in self.module._parameters.items() if p is not None}
+        return own | {name: p for name, p in keras.items() if isinstance(p, nn.Parameter)}
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor] | None:
         """The running mean and running variance themselves, (C,) each; None where the layer holds none."""
         if self.slot is not None:
@@ -189,6 +217,22 @@ def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from below("", root)
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of `model` once, under the name of the module in `walk` that holds it and its own (Keras: variable's)."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, module in walk(unwrap(model)):
+        own: dict[str, Any] = dict(module._parameters)
+        if is_keras(module):
+            keras = cast(Any, module)
+            own |= {v.name: v.value for v in (*keras._trainable_variables, *keras._non_trainable_variables)}
+        for key, parameter in own.items():
+            if isinstance(parameter, nn.Parameter) and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{name}.{key}" if name else key] = parameter
+    return found
+
+
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     keras = hasattr(module, "_flatten_layers")
     layers = [layer for layer in cast(Any, module)._layers if isinstance(layer, nn.Module)] if keras else []
@@ -198,6 +242,11 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
     for layer in layers:
         yield str(getattr(layer, "name", type(layer).__name__)), layer
+
+
+def is_keras(module: nn.Module) -> bool:
+    """Whether `module` is a Keras layer, which hears of training by its call and not by `train()`."""
+    return hasattr(module, "_flatten_layers")
 
 
 def _sites_of(name: str, module: nn.Module) -> Iterator[Site]:

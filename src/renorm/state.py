@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -116,7 +116,7 @@ class Undo:
         below = {id(m): m for module in modules.values() for _, m in walk(module)}
         self._snapshot: Snapshot | None = Snapshot(below.values(), parameters=parameters)
         for module in modules.values():
-            _open_changes.setdefault(module, []).append(ref(self))
+            opened(module, self)
 
     @property
     def is_open(self) -> bool:
@@ -131,12 +131,7 @@ class Undo:
         if self._snapshot is None:
             return
         for name, module in self._modules.items():
-            last = [undo for undo in (held() for held in _open_changes[module]) if undo is not None][-1]
-            if last is not self:
-                raise OpenChange(
-                    f"undoing {self.label} was asked for, but {last.label} came after it at "
-                    f"{name or 'the model itself'!r} and still stands; restore that one first."
-                )
+            refuse_if_later(module, [self], name=name)
         self._snapshot.restore()
         self.close()
 
@@ -145,10 +140,43 @@ class Undo:
         if self._snapshot is not None:
             self._snapshot = None
             for module in self._modules.values():
-                _open_changes[module] = [held for held in _open_changes[module] if held() not in (self, None)]
+                closed(module, self)
 
 
-_open_changes: WeakKeyDictionary[nn.Module, list[ref[Undo]]] = WeakKeyDictionary()
+class Change(Protocol):
+    """Something done to a module that can be undone; `label` names it in messages."""
+
+    label: str
+
+
+_open_changes: WeakKeyDictionary[nn.Module, list[ref[Change]]] = WeakKeyDictionary()
+
+
+def opened(module: nn.Module, change: Change) -> None:
+    """From now on `change` stands at `module`, after all that stand there already, until it is closed or forgotten."""
+    _open_changes.setdefault(module, []).append(ref(change))
+
+
+def closed(module: nn.Module, change: Change) -> None:
+    """`change` stands at `module` no longer."""
+    _open_changes[module] = [held for held in _open_changes.get(module, []) if held() not in (change, None)]
+
+
+def refuse_if_later(module: nn.Module, undone: Sequence[Change], *, name: str) -> None:
+    """Raise OpenChange where something that is not being `undone` was opened at `module` after the first of `undone`.
+
+    A change that was never opened here came along with a copy of the module: it is older than all that was.
+    """
+    standing = [change for change in (held() for held in _open_changes.get(module, [])) if change is not None]
+    first = min((standing.index(change) for change in undone if change in standing), default=0)
+    if any(change not in standing for change in undone):
+        first = 0
+    later = [change for change in standing[first:] if change not in undone]
+    if later:
+        raise OpenChange(
+            f"undoing {undone[0].label} was asked for, but {later[-1].label} came after it at "
+            f"{name or 'the model itself'!r} and still stands; restore that one first."
+        )
 
 
 def _own(parameters: dict[str, Any]) -> Iterator[Tensor]:
