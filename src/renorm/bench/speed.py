@@ -28,14 +28,14 @@ TOLERANCES = (0.1, 0.05)
 Way = Callable[[nn.Module, Sequence[Tensor]], Any]
 
 # With `prior=0` alone certainty decides nothing; a tolerance that is never reached has it judged after every batch.
-EQUAL_IMAGES: dict[str, Way] = {
+_EQUAL_IMAGES: dict[str, Way] = {
     "update_bn": peers.update_bn,
     "fvcore": peers.fvcore,
     "ours_off": lambda model, batches: recalibrate_(model, batches, prior=0),
     "ours_on": lambda model, batches: recalibrate_(model, batches, prior=0, tolerance=1e-9),
     "ours_auto": lambda model, batches: recalibrate_(model, batches),
 }
-CHEAPER: dict[str, Way] = {
+_CHEAPER: dict[str, Way] = {
     "float32": lambda model, batches: recalibrate_(model, batches),
     "channels_last": lambda model, batches: recalibrate_(model, batches, channels_last=True),
     "bfloat16": lambda model, batches: recalibrate_(model, batches, autocast=torch.bfloat16),
@@ -65,7 +65,7 @@ class Speed(Suite):
 
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
         if cell["part"] in ("equal images", "cheaper"):
-            ways = EQUAL_IMAGES if cell["part"] == "equal images" else CHEAPER
+            ways = _EQUAL_IMAGES if cell["part"] == "equal images" else _CHEAPER
             return _in_turns(ways, cell["on"], cell["seed"])
         bed = ResNet20(self.data, MANY, 2000 if self.size == "full" else 1000)
         if cell["part"] == "equal error":
@@ -120,7 +120,7 @@ def _cheaper_error(bed: ResNet20, shift: str, seed: int) -> dict[str, float]:
     batches = bed.pool(shift, seed=seed).first(1000).unlabelled()
     held_out = bed.held_out(shift, seed=seed)
     errors = {}
-    for name, way in CHEAPER.items():
+    for name, way in _CHEAPER.items():
         model = bed.model()
         way(model, batches)
         errors[name] = error(model, held_out)
