@@ -1,0 +1,82 @@
+"""How far layers and their channels lie from what they hold: the pictures that diagnosis and adaptation share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+
+from renorm.report.base import Bars, Heat, Picture, Tone
+from renorm.rules.data_shift import DataShift
+from renorm.said import Said, say
+from renorm.shift import Shift
+
+WORST = say("Which channels moved, worst site first")
+STRIPS = 16  # sites in the picture of channels: the worst, and still one screen of a phone
+LONGEST = 40  # characters of a name in a picture; the tables have it whole
+
+
+def tone(distance: float) -> Tone:
+    """What a distance in source standard deviations means, by the doctor's limits."""
+    return "bad" if distance > DataShift.error else "doubt" if distance > DataShift.limit else "good"
+
+
+def name(site: str) -> str:
+    """A site's name, in words for the model that is itself a norm layer."""
+    return site or say("the model itself")
+
+
+def pictures(
+    distances: Mapping[str, float], shifts: Mapping[str, Shift], *, order: Sequence[str], title: Said
+) -> tuple[Picture, ...]:
+    """A bar per layer along the depth of the model, and a strip of channels for each of the worst sites.
+
+    `distances` come worst first; `order` has the sites in the model's order.
+    """
+    if not distances:
+        return ()
+    deep = [site for site in order if site in distances]
+    bars = Bars(
+        title,
+        items=tuple((short(site), distances[site], tone(distances[site])) for site in deep),
+        limits=((DataShift.limit, "doubt"), (DataShift.error, "bad")),
+        across=say("norm layers, first to last"),
+        up=say("distance, source sd"),
+        note=say(
+            "One bar for each batch norm. Up to the lower line ({limit:.2g}) is what models show on fresh data of their own "
+            "kind; above the upper one ({error:.2g}), models lost 30 points of accuracy and more.",
+            limit=DataShift.limit,
+            error=DataShift.error,
+        ),
+    )
+    return bars, channels(distances, shifts)
+
+
+def channels(distances: Mapping[str, float], shifts: Mapping[str, Shift], *, title: Said = WORST) -> Heat:
+    """Every channel of the first sites in `distances`."""
+    worst = list(distances)[:STRIPS]
+    top = 2 * DataShift.error
+    rows = []
+    for site in worst:
+        values = [value if isfinite(value) else top for value in shifts[site].wasserstein2.tolist()]
+        rows.append((short(site), f"{distances[site]:.2f}", tuple(sorted(values, reverse=True))))
+    return Heat(
+        title,
+        rows=tuple(rows),
+        top=top,
+        across=say("channels of the layer, farthest first"),
+        up=say("distance of a channel, source sd"),
+        note=say(
+            "One strip for each site, with its distance; one shade for each channel, farthest on the left. A strip coloured "
+            "all along is a layer that moved as a whole; one coloured at its left end, a few channels. Full colour from "
+            "{top:.2g} source sd on.",
+            top=top,
+        ),
+    )
+
+
+def short(site: str) -> str:
+    """A site's name with its middle left out where it is long: both ends tell where it is."""
+    if len(site) <= LONGEST:
+        return name(site)
+    half = (LONGEST - 1) // 2
+    return f"{site[:half]}…{site[-half:]}"
