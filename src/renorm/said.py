@@ -6,9 +6,9 @@ the same values; nothing is parsed back out of a finished sentence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-__all__ = ["Said", "follow", "listed", "many", "say"]
+__all__ = ["Said", "follow", "listed", "many", "say", "some"]
 
 
 class Said(str):
@@ -58,6 +58,12 @@ def listed(parts: Iterable[str]) -> Said:
     for part in rest:
         joined = say("{before}, {last}", before=joined, last=part)
     return joined
+
+
+def some(parts: Sequence[str], most: int = 5) -> Said:
+    """`a, b, c …`: the first `most` of them, and whether there are more."""
+    names = listed(parts[:most])
+    return say("{names} …", names=names) if len(parts) > most else names
 
 
 def follow(*sentences: str) -> Said:

@@ -10,7 +10,7 @@ from renorm.recalibrate import UNCHECKED, Adaptation
 from renorm.report import score as scores
 from renorm.report import shifts
 from renorm.report.base import Bar, Block, Picture, Table, Told, Words
-from renorm.said import Said, follow, listed, many, say
+from renorm.said import Said, follow, many, say, some
 
 ROWS = 8
 
@@ -55,12 +55,7 @@ def blocks(adaptation: Adaptation, *, before: Score | None = None, after: Score 
     if adaptation.shifts:
         parts.append(_moved(adaptation))
     if adaptation.unvisited:
-        names = listed(adaptation.unvisited[:ROWS])
-        text = (
-            say("No batch reached {names} …; they hold what they held.", names=names)
-            if len(adaptation.unvisited) > ROWS
-            else say("No batch reached {names}; they hold what they held.", names=names)
-        )
+        text = say("No batch reached {names}; they hold what they held.", names=some(adaptation.unvisited, ROWS))
         parts.append(Words(text, "plain", say("Untouched")))
     return tuple(parts)
 

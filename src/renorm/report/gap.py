@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from renorm.report.base import Table, Words
-from renorm.said import listed, many, say
+from renorm.said import follow, many, say
 from renorm.verify import Gap
 
 
@@ -16,11 +16,14 @@ def verdict(gap: Gap) -> Words:
         return Words(
             say("Every output is equal, over {samples}.", samples=samples), "good", say("The models are the same")
         )
-    parts = [say("Over {samples} the outputs differ by {mean:.3g} on average", samples=samples, mean=gap.mean_abs)]
-    parts.append(say("by {max:.3g} at the most", max=gap.max_abs))
+    text = say(
+        "Over {samples} the outputs differ by {mean:.3g} on average and by {max:.3g} at the most.",
+        samples=samples,
+        mean=gap.mean_abs,
+        max=gap.max_abs,
+    )
     if gap.agreement is not None:
-        parts.append(say("and {share:.1%} of the answers are the same", share=gap.agreement))
-    text = say("{facts}.", facts=listed(parts))
+        text = follow(text, say("{share:.1%} of the answers are the same.", share=gap.agreement))
     if gap.first_site is None:
         return Words(text, "plain", say("The models differ, and at no norm layer that both have"))
     where = gap.first_site or say("the model itself")

@@ -158,6 +158,8 @@ def _bars(picture: Bars, axes: Axes) -> None:
     axes.set_ylim(0, 1.12 * top)
     for value, tone in picture.limits:
         axes.axhline(value, color=COLOURS[tone], linewidth=1, linestyle=(0, (4, 3)))
+        if value < 0.1 * top:
+            continue  # beside bars as tall as these it would stand on its neighbour
         axes.annotate(
             f"{value:.2g}",
             (1, value),
