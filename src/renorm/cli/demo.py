@@ -144,6 +144,7 @@ def _pictures(met: list[Meeting]) -> tuple[Picture, ...]:
     errors = Spans(
         say("The error before and after, with its 95 % interval"),
         items=tuple(points),
+        full=(0, 100),
         across=say("error, %"),
         note=say(
             "Green was kept; where renorm kept the source instead, yellow shows what recalibration would have cost."

@@ -83,9 +83,10 @@ class Heat(Picture):
 
 @dataclass(frozen=True, kw_only=True)
 class Spans(Picture):
-    """One point with its interval for each (name, text, value, low, high, tone), all on one scale."""
+    """One point with its interval for each (name, text, value, low, high, tone), all on one scale: `full` where it ends."""
 
     items: tuple[tuple[str, str, float, float, float, Tone], ...]
+    full: tuple[float, float] | None = None
 
 
 Block = Words | Table | Picture

@@ -98,6 +98,7 @@ def pictures(diagnosis: Diagnosis) -> tuple[Picture, ...]:
         diagnosis.shifts,
         order=[site.name for site in diagnosis.sites],
         title=say("How far each layer is from what it expects"),
+        deployed=True,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from math import isfinite
 from typing import Any
 
 from renorm.doctor import Diagnosis
@@ -134,6 +135,8 @@ def _(value: Gap) -> Any:
         (say("largest"), value.max_abs, "plain"),
     )
     title = gaps.verdict(value).title
+    if not isfinite(value.max_abs):
+        return _drawn([], "the outputs differ by numbers that are not finite")
     return _drawn([Bars(title, items=sizes, up=say("difference of the outputs"))], "")
 
 

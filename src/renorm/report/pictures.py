@@ -34,6 +34,7 @@ COLOURS = {
     "plain": "#0969da",
 }
 HOT = "#d1440c"  # of the strips; from clear to full, it shows on white and on black
+LONGEST = 44  # characters of a name in a picture; the tables have it whole
 WIDTH = 374.0  # points, which are CSS pixels on a phone held upright: letters keep their size there
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 SETTINGS: Any = {
@@ -73,7 +74,7 @@ def figure(pictures: Sequence[Picture], *, titles: bool = True) -> Figure:
         parts = made.subfigures(len(pictures), 1, height_ratios=tall, squeeze=False)[:, 0]
         for picture, part in zip(pictures, parts, strict=True):
             if titles:
-                part.suptitle(clean(picture.title), x=0.02, ha="left", size=11, weight="bold")
+                part.suptitle(_label(picture.title), x=0.02, ha="left", size=11, weight="bold")
             _draw(picture, part)
     return made
 
@@ -129,6 +130,13 @@ def _keep_apart(element: Any, name: str) -> None:
             element.set(key, value.replace("url(#", f"url(#{name}-"))
 
 
+def _label(text: str) -> str:
+    """`text` on one line, its middle left out where it is long: of a dotted name both ends tell where it is."""
+    line = clean(text).replace("\n", " ")
+    half = (LONGEST - 1) // 2
+    return line if len(line) <= LONGEST else f"{line[:half]}…{line[-half:]}"
+
+
 def _height(picture: Picture) -> float:
     if isinstance(picture, Heat):
         return 34.0 * len(picture.rows) + 62
@@ -152,9 +160,9 @@ def _bars(picture: Bars, axes: Axes) -> None:
     count = len(picture.items)
     values = [value for _, value, _ in picture.items]
     axes.bar(range(1, count + 1), values, width=0.8, color=[COLOURS[tone] for _, _, tone in picture.items])
-    room = max(0.0, (12 - count) / 2)  # a bar of a small model is no wall
+    room = max(0.0, (7 - count) / 2)  # a bar of a small model is no wall
     axes.set_xlim(0.4 - room, count + 0.6 + room)
-    top = max([*values, *(value for value, _ in picture.limits)])
+    top = max([*values, *(value for value, _ in picture.limits)]) or 1.0
     axes.set_ylim(0, 1.12 * top)
     for value, tone in picture.limits:
         axes.axhline(value, color=COLOURS[tone], linewidth=1, linestyle=(0, (4, 3)))
@@ -164,20 +172,21 @@ def _bars(picture: Bars, axes: Axes) -> None:
             f"{value:.2g}",
             (1, value),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 2),
+            xytext=(3, 0),
             textcoords="offset points",
-            ha="right",
+            va="center",
             size=10,
             color=COLOURS[tone],
         )
-    names = [clean(name) for name, _, _ in picture.items]
-    if count <= 6 and sum(map(len, names)) <= 36:
+    names = [_label(name) for name, _, _ in picture.items]
+    if count <= 7 and max(map(len, names)) <= 8:
         axes.set_xticks(range(1, count + 1), names)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        marks = MaxNLocator(8, integer=True, min_n_ticks=1).tick_values(1, count)
+        axes.set_xticks([mark for mark in marks if 1 <= mark <= count])
     axes.tick_params(length=0)
-    axes.set_xlabel(clean(picture.across))
-    axes.set_ylabel(clean(picture.up))
+    axes.set_xlabel(_label(picture.across))
+    axes.set_ylabel(_label(picture.up))
 
 
 def _heat(picture: Heat, part: SubFigure) -> None:
@@ -190,20 +199,19 @@ def _heat(picture: Heat, part: SubFigure) -> None:
     for place, (name, text, values) in enumerate(picture.rows):
         strip = {"cmap": shades, "vmin": 0, "vmax": picture.top, "aspect": "auto", "interpolation": "none"}
         axes.imshow(numpy.array([values]), extent=(0, 1, place + 0.95, place + 0.5), **strip)
-        axes.text(0, place + 0.42, clean(name), va="bottom", size=10)
-        axes.text(1, place + 0.42, clean(text), va="bottom", ha="right", size=10)
-    axes.set(xlim=(0, 1), ylim=(len(picture.rows), 0), xticks=[], yticks=[], xlabel=clean(picture.across))
+        axes.text(0, place + 0.42, _label(name), va="bottom", size=10)
+        axes.text(1, place + 0.42, _label(text), va="bottom", ha="right", size=10)
+    axes.set(xlim=(0, 1), ylim=(len(picture.rows), 0), xticks=[], yticks=[], xlabel=_label(picture.across))
     axes.spines["bottom"].set_visible(False)
     scale.imshow(numpy.linspace(0, 1, 64)[None], cmap=shades, aspect="auto", extent=(0, picture.top, 0, 1))
     ticks = [0, picture.top / 4, picture.top / 2, 3 * picture.top / 4, picture.top]
-    scale.set(yticks=[], xlabel=clean(picture.up))
+    scale.set(yticks=[], xlabel=_label(picture.up))
     scale.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks[:-1]] + [f"{picture.top:.2g}+"])
     scale.tick_params(length=0)
 
 
 def _spans(picture: Spans, axes: Axes) -> None:
-    low = min(item[3] for item in picture.items)
-    high = max(item[4] for item in picture.items)
+    low, high = picture.full or (min(item[3] for item in picture.items), max(item[4] for item in picture.items))
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     for place, (name, text, value, least, most, tone) in enumerate(picture.items):
         axes.plot([least, most], [place + 0.72] * 2, color=COLOURS[tone], linewidth=3, solid_capstyle="round")
@@ -212,14 +220,14 @@ def _spans(picture: Spans, axes: Axes) -> None:
             axes.text(
                 side,
                 place + 0.46,
-                clean(words),
+                _label(words),
                 va="bottom",
                 ha="right" if side else "left",
                 size=10,
                 transform=axes.get_yaxis_transform(),
             )
     axes.set(xlim=(low - margin, high + margin), ylim=(len(picture.items) + 0.1, 0), yticks=[])
-    axes.set_xlabel(clean(picture.across))
+    axes.set_xlabel(_label(picture.across))
     axes.tick_params(length=0)
     axes.grid(axis="x", color=COLOURS["rule"], linewidth=0.6)
     axes.set_axisbelow(True)

@@ -60,7 +60,7 @@ def spans(title: Said, scores: Mapping[str, tuple[Score, Tone]]) -> tuple[Block,
     note = say(
         "The dot is what was measured; the line is the 95 % interval: what more data of the same kind could give."
     )
-    return (Spans(title, items=drawn, across=unit, note=note),)
+    return (Spans(title, items=drawn, full=(0, 100) if times == 100 else None, across=unit, note=note),)
 
 
 def metric(score: Score, *, heading: bool = False) -> str:

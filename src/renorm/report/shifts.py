@@ -12,7 +12,6 @@ from renorm.shift import Shift
 
 WORST = say("Which channels moved, worst site first")
 STRIPS = 16  # sites in the picture of channels: the worst, and still one screen of a phone
-LONGEST = 40  # characters of a name in a picture; the tables have it whole
 
 
 def tone(distance: float) -> Tone:
@@ -26,19 +25,20 @@ def name(site: str) -> str:
 
 
 def pictures(
-    distances: Mapping[str, float], shifts: Mapping[str, Shift], *, order: Sequence[str], title: Said
+    distances: Mapping[str, float], shifts: Mapping[str, Shift], *, order: Sequence[str], title: Said, deployed: bool
 ) -> tuple[Picture, ...]:
     """A bar per layer along the depth of the model, and a strip of channels for each of the worst sites.
 
-    `distances` come worst first; `order` has the sites in the model's order.
+    `distances` come worst first; `order` has the sites in the model's order. The doctor's limits hold for distances that
+    were measured while the model runs as deployed, and for no others.
     """
     if not distances:
         return ()
     deep = [site for site in order if site in distances]
     bars = Bars(
         title,
-        items=tuple((short(site), distances[site], tone(distances[site])) for site in deep),
-        limits=((DataShift.limit, "doubt"), (DataShift.error, "bad")),
+        items=tuple((name(site), distances[site], tone(distances[site]) if deployed else "plain") for site in deep),
+        limits=((DataShift.limit, "doubt"), (DataShift.error, "bad")) if deployed else (),
         across=say("norm layers, first to last"),
         up=say("distance, source sd"),
         note=say(
@@ -46,6 +46,11 @@ def pictures(
             "kind; above the upper one ({error:.2g}), models lost 30 points of accuracy and more.",
             limit=DataShift.limit,
             error=DataShift.error,
+        )
+        if deployed
+        else say(
+            "One bar for each batch norm, measured while the layers before it are already mended: so it is less than what "
+            "the doctor sees, where every layer hands its shift on to the next."
         ),
     )
     return bars, channels(distances, shifts)
@@ -57,7 +62,7 @@ def channels(distances: Mapping[str, float], shifts: Mapping[str, Shift], *, tit
     # nine channels in ten keep their shade, however far the rest are out
     every = sorted(value for values in worst.values() for value in values)
     top = float(f"{max(2 * DataShift.error, every[int(0.9 * len(every))] if every else 0.0):.1g}")
-    rows = [(short(site), f"{distances[site]:.2f}", tuple(values)) for site, values in worst.items()]
+    rows = [(name(site), f"{distances[site]:.2f}", tuple(values)) for site, values in worst.items()]
     return Heat(
         title,
         rows=tuple(rows),
@@ -78,11 +83,3 @@ def _finite(values: list[float]) -> list[float]:
     known = [value for value in values if isfinite(value)]
     most = max(known, default=0.0)
     return sorted((v if isfinite(v) else most * (v == inf) for v in values), reverse=True)
-
-
-def short(site: str) -> str:
-    """A site's name with its middle left out where it is long: both ends tell where it is."""
-    if len(site) <= LONGEST:
-        return name(site)
-    half = (LONGEST - 1) // 2
-    return f"{site[:half]}…{site[-half:]}"

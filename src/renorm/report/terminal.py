@@ -69,7 +69,7 @@ def _words(block: Words) -> RenderableType:
         return Padding(_text(block.text), (0, 0, 0, 2))
     grid = Grid.grid(padding=(0, 1))
     grid.add_column(width=1)
-    grid.add_column()
+    grid.add_column(overflow="fold")  # Chinese has no spaces to break at
     said = _joined((block.title, "bold"), ("\n" if block.title and block.text else "", ""), (block.text, ""))
     grid.add_row(_text(MARK[block.tone], f"bold {STYLE[block.tone]}".strip()), said)
     return grid
@@ -81,7 +81,7 @@ def _notes(notes: tuple[str, ...]) -> RenderableType:
 
     grid = Grid.grid(padding=(0, 1))
     grid.add_column(width=1, style="dim")
-    grid.add_column(style="dim")
+    grid.add_column(style="dim", overflow="fold")
     for note in notes:
         grid.add_row("·", _text(note))
     return Padding(grid, (0, 0, 0, 2))
