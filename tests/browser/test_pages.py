@@ -33,7 +33,7 @@ def test_a_page_fits_its_screen(width: int, dark: bool, tmp_path: Path) -> None:
     assert seen.console == []
     assert measured["scripts"] == 0
     assert [name for name in measured["fetched"] if not name.startswith("data:")] == []
-    assert measured["smallest"] >= 9, "letters in a picture are too small to read"
+    assert measured["smallest"] >= 11, "letters in a picture are too small to read"
     assert measured["caught"] == 0, "a picture has no height"
     paper, ink = (sum(int(part) for part in measured[key][4:-1].split(",")) for key in ("paper", "ink"))
     assert (paper < 120 and ink > 500) if dark else (paper > 700 and ink < 200)

@@ -34,8 +34,8 @@ COLOURS = {
     "plain": "#0969da",
 }
 HOT = "#d1440c"  # of the strips; from clear to full, it shows on white and on black
-LONGEST = 44  # characters of a name in a picture; the tables have it whole
-WIDTH = 374.0  # points, which are CSS pixels on a phone held upright: letters keep their size there
+LONGEST = 38  # characters of a name in a picture; the tables have it whole
+WIDTH = 348.0  # points, which are CSS pixels on a phone held upright: letters keep their size there
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 SETTINGS: Any = {
     "font.size": 11.0,
@@ -52,9 +52,9 @@ SETTINGS: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "xtick.labelsize": 10.0,
-    "ytick.labelsize": 10.0,
-    "axes.labelsize": 10.0,
+    "xtick.labelsize": 11.0,
+    "ytick.labelsize": 11.0,
+    "axes.labelsize": 11.0,
 }
 
 
@@ -175,7 +175,7 @@ def _bars(picture: Bars, axes: Axes) -> None:
             xytext=(3, 0),
             textcoords="offset points",
             va="center",
-            size=10,
+            size=11,
             color=COLOURS[tone],
         )
     names = [_label(name) for name, _, _ in picture.items]
@@ -199,8 +199,8 @@ def _heat(picture: Heat, part: SubFigure) -> None:
     for place, (name, text, values) in enumerate(picture.rows):
         strip = {"cmap": shades, "vmin": 0, "vmax": picture.top, "aspect": "auto", "interpolation": "none"}
         axes.imshow(numpy.array([values]), extent=(0, 1, place + 0.95, place + 0.5), **strip)
-        axes.text(0, place + 0.42, _label(name), va="bottom", size=10)
-        axes.text(1, place + 0.42, _label(text), va="bottom", ha="right", size=10)
+        axes.text(0, place + 0.42, _label(name), va="bottom", size=11)
+        axes.text(1, place + 0.42, _label(text), va="bottom", ha="right", size=11)
     axes.set(xlim=(0, 1), ylim=(len(picture.rows), 0), xticks=[], yticks=[], xlabel=_label(picture.across))
     axes.spines["bottom"].set_visible(False)
     scale.imshow(numpy.linspace(0, 1, 64)[None], cmap=shades, aspect="auto", extent=(0, picture.top, 0, 1))
@@ -223,7 +223,7 @@ def _spans(picture: Spans, axes: Axes) -> None:
                 _label(words),
                 va="bottom",
                 ha="right" if side else "left",
-                size=10,
+                size=11,
                 transform=axes.get_yaxis_transform(),
             )
     axes.set(xlim=(low - margin, high + margin), ylim=(len(picture.items) + 0.1, 0), yticks=[])
