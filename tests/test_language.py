@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import pickle
+import re
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,30 @@ def test_what_a_finding_says_is_said() -> None:
                         plain = isinstance(keyword.value, ast.Constant | ast.JoinedStr | ast.BinOp)
                         assert not plain, f"rules/{file.name}:{keyword.value.lineno}: say() it"
     assert all(isinstance(rule.title, Said) for rule in rules().values())
+
+
+PROSE = {"Words", "Table", "Told", "Bars", "Heat", "Spans"}
+
+
+def test_what_a_report_or_a_note_says_is_said() -> None:
+    """No sentence is given as a plain literal to a block, or appended to notes: it would stay English."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            given: list[ast.expr] = []
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in PROSE:
+                given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "notes.append":
+                given = node.args
+            elif isinstance(node, ast.Assign | ast.AugAssign) and isinstance(node.value, ast.Tuple | ast.List):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                given = node.value.elts if "notes" in map(ast.unparse, targets) else []
+            for value in given:
+                sentence = isinstance(value, ast.Constant) and isinstance(value.value, str) and " " in value.value
+                prose = isinstance(value, ast.JoinedStr) and any(
+                    isinstance(part, ast.Constant) and re.search(r"[a-z]{3}", str(part.value)) for part in value.values
+                )
+                assert not sentence, f"{file.name}:{value.lineno}: say() it"
+                assert not prose, f"{file.name}:{value.lineno}: say() it"
 
 
 # ── Said ──
