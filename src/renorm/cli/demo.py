@@ -147,7 +147,7 @@ def _pictures(met: list[Meeting]) -> tuple[Picture, ...]:
         full=(0, 100),
         across=say("error, %"),
         note=say(
-            "Green was kept; where renorm kept the source instead, yellow shows what recalibration would have cost."
+            "Green was kept; where renorm kept the source instead, amber shows what recalibration would have cost."
         ),
     )
     far: dict[str, float] = {}
