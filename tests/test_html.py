@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ def named(name: str) -> nn.Module:
 # ── nothing runs, nothing is fetched, names are text ──
 
 
+@cache
+def harmless_tags(lang: str) -> set[str]:
+    return {tag for tag, _ in Page(html.render(everything("layer1"), lang=lang)).tags}
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_a_name_is_text_wherever_it_stands(name: str, lang: str) -> None:
-    harmless, page = (Page(html.render(everything(n), lang=lang)) for n in ("layer1", name))
-    assert {tag for tag, _ in page.tags} == {tag for tag, _ in harmless.tags}, "a name became a tag"
+    page = Page(html.render(everything(name), lang=lang))
+    assert {tag for tag, _ in page.tags} == harmless_tags(lang), "a name became a tag"
     assert clean(name) in page.said()
     assert not {tag for tag, _ in page.tags} & {
         "script",
@@ -242,7 +248,7 @@ COMMANDS = (
     "recalibrate nets.py:net far.npz -o new.pt --check far.npz",
     "recalibrate nets.py:net far.npz -o new.pt",
     "evaluate nets.py:net far.npz",
-    "evaluate nets.py:net far.npz --metric f1",
+    "evaluate nets.py:net far.npz --metric nll",
     "profile nets.py:net far.npz -o net.profile",
 )
 

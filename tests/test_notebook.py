@@ -14,6 +14,8 @@ from torch import nn
 import renorm
 from renorm import faces
 from renorm.errors import MissingExtra, UnknownName, UsageError
+from renorm.report import diagnosis
+from renorm.report.base import Bars, Table, Told
 from tests.pages import Page
 
 pd = pytest.importorskip("pandas")
@@ -70,6 +72,20 @@ def test_a_diagnosis_as_a_table_worst_first(model: nn.Module, batches: list[Any]
             assert table.loc[site, field] == value
     assert table.loc[found.findings[0].site, "findings"] == found.findings[0].rule
     assert found.to_frame(per="site").equals(table)
+
+
+def test_the_colours_of_a_diagnosis_are_the_rules_own_verdicts(model: nn.Module, batches: list[Any]) -> None:
+    """With a profile a site may lie farther than the general limit and be well: picture and table must not say otherwise."""
+    far = [(x * 1.5 + 1, y) for x, y in batches]
+    judged, known = renorm.diagnose(model, far), renorm.diagnose(model, far, renorm.profile(model, far))
+    assert max(known.distances.values()) > 0.3
+    assert known.healthy
+    for found, tones in ((judged, {"bad", "doubt"}), (known, {"good"})):
+        bars = next(block for block in diagnosis.blocks(found) if isinstance(block, Bars))
+        assert {tone for name, _, tone in bars.items if found.distances[name] > 0.3} <= tones
+        table = diagnosis.blocks(found)[-1]
+        assert isinstance(table, Table)
+        assert [row[-1] for row in table.rows if isinstance(row[-1], Told) and row[-1].tone in tones]
 
 
 def test_every_channel_as_a_row(model: nn.Module, batches: list[Any]) -> None:

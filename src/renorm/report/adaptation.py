@@ -64,7 +64,7 @@ def pictures(adaptation: Adaptation) -> tuple[Picture, ...]:
     """How far the statistics had to move, per layer and per channel of the worst."""
     far = distances(adaptation)
     title = say("How far the data lay from each layer's old statistics")
-    return shifts.pictures(far, adaptation.shifts, order=tuple(adaptation.shifts), title=title, deployed=False)
+    return shifts.pictures(far, adaptation.shifts, order=tuple(adaptation.shifts), title=title)
 
 
 def distances(adaptation: Adaptation) -> dict[str, float]:

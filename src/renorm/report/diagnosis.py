@@ -98,7 +98,7 @@ def pictures(diagnosis: Diagnosis) -> tuple[Picture, ...]:
         diagnosis.shifts,
         order=[site.name for site in diagnosis.sites],
         title=say("How far each layer is from what it expects"),
-        deployed=True,
+        tones=_tones(diagnosis),
     )
 
 
@@ -143,13 +143,20 @@ def _where(first: Finding, others: int) -> Said:
     return say("{where}.", where=said)
 
 
+def _tones(diagnosis: Diagnosis) -> dict[str, Tone]:
+    """What each site's distance means, as the rule judged it."""
+    judged = {f.site: TONES[f.severity] for f in diagnosis.findings if f.rule == DataShift.id}
+    return {site: judged.get(site, "good") for site in diagnosis.distances}
+
+
 def _table(diagnosis: Diagnosis, rows: int) -> Table:
     longest = max(diagnosis.distances.values()) or 1.0
+    tones = _tones(diagnosis)
     drawn = []
     for site, distance in list(diagnosis.distances.items())[:rows]:
         shift = diagnosis.shifts[site]
         spread = exp(float(shift.log_sd_ratio.mean()))
-        felt = shifts.tone(distance)
+        felt = tones[site]
         bar = Bar(distance / longest, f"{distance:.2f}")
         drawn.append((name(site), bar, f"{shift.layer.mean_gap:.2f}", f"× {spread:.2f}", Told(FIT[felt], felt)))
     hidden = len(diagnosis.distances) - len(drawn)

@@ -14,31 +14,31 @@ WORST = say("Which channels moved, worst site first")
 STRIPS = 16  # sites in the picture of channels: the worst, and still one screen of a phone
 
 
-def tone(distance: float) -> Tone:
-    """What a distance in source standard deviations means, by the doctor's limits."""
-    return "bad" if distance > DataShift.error else "doubt" if distance > DataShift.limit else "good"
-
-
 def name(site: str) -> str:
     """A site's name, in words for the model that is itself a norm layer."""
     return site or say("the model itself")
 
 
 def pictures(
-    distances: Mapping[str, float], shifts: Mapping[str, Shift], *, order: Sequence[str], title: Said, deployed: bool
+    distances: Mapping[str, float],
+    shifts: Mapping[str, Shift],
+    *,
+    order: Sequence[str],
+    title: Said,
+    tones: Mapping[str, Tone] | None = None,
 ) -> tuple[Picture, ...]:
     """A bar per layer along the depth of the model, and a strip of channels for each of the worst sites.
 
-    `distances` come worst first; `order` has the sites in the model's order. The doctor's limits hold for distances that
-    were measured while the model runs as deployed, and for no others.
+    `distances` come worst first; `order` has the sites in the model's order; `tones` are the doctor's. None for distances
+    that were not measured while the model runs as deployed: the doctor's limits are not for those, and are not drawn.
     """
     if not distances:
         return ()
     deep = [site for site in order if site in distances]
     bars = Bars(
         title,
-        items=tuple((name(site), distances[site], tone(distances[site]) if deployed else "plain") for site in deep),
-        limits=((DataShift.limit, "doubt"), (DataShift.error, "bad")) if deployed else (),
+        items=tuple((name(site), distances[site], "plain" if tones is None else tones[site]) for site in deep),
+        limits=((DataShift.limit, "doubt"), (DataShift.error, "bad")) if tones else (),
         across=say("norm layers, first to last"),
         up=say("distance, source sd"),
         note=say(
@@ -47,7 +47,7 @@ def pictures(
             limit=DataShift.limit,
             error=DataShift.error,
         )
-        if deployed
+        if tones
         else say(
             "One bar for each batch norm, measured while the layers before it are already mended: so it is less than what "
             "the doctor sees, where every layer hands its shift on to the next."
