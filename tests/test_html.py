@@ -279,7 +279,7 @@ LATIN = {
         "report",
         "demo",
         "file",
-        "AUROC",
+        "nll",
     ),
 }
 
