@@ -292,7 +292,7 @@ def test_labels_of_a_split_are_never_those_of_another(tmp_path: Path) -> None:
     path = npz(tmp_path, images=noise(3, 8, 8, 3), labels=[0, 1, 2], images_test=noise(3, 8, 8, 3))
     data = load_data(path, split="test")
     assert data.labels is None
-    assert "no labels: none of labels, y, targets, target, label with _test behind it is in the file" in data.notes
+    assert "no labels: none of labels_test, y_test, targets_test, target_test, label_test is in the file" in data.notes
     assert len(next(iter(data.batches))) == 1
 
 

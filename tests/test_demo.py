@@ -14,9 +14,10 @@ from renorm.bench import digits, story
 from renorm.cli import main
 from renorm.cli.demo import Demo
 from renorm.cli.screen import Screen
+from renorm.report import html, terminal
 from renorm.report import json as json_face
-from renorm.report import terminal
 from renorm.report.base import Report
+from tests.pages import Page
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,23 @@ def test_the_numbers_on_the_screen_are_those_in_the_json(
         assert row[0].endswith("yes" if met["accepted"] else "no")
     assert "shift or mismatched features?" in text
     assert "bit for bit" in text
+
+
+def test_the_page_says_the_same_in_chinese(told: Report, result: Any) -> None:
+    pytest.importorskip("matplotlib")
+    english, chinese = (Page(html.render(told, lang=lang)).said() for lang in ("en", "zh"))
+    for met in result["targets"].values():
+        for score in (met["before"], met["tried"]):
+            number = f"{100 - 100 * score['value']:.1f}"
+            assert number in english
+            assert number in chinese
+    assert set(re.findall(r"[A-Za-z]{3,}", chinese)) <= {
+        "renorm",
+        "profile",
+        "source",
+        "demo",
+        *"doctor MODEL".split(),
+    } | {*("recalibrate", "DATA", "OUT", "check")}
 
 
 def test_a_failed_undo_would_be_said(told: Report, monkeypatch: pytest.MonkeyPatch) -> None:

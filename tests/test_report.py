@@ -94,6 +94,14 @@ def test_no_line_is_wider_than_the_terminal_or_ends_in_spaces(width: int, monkey
     assert all(line == line.rstrip() for line in lines)
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_sentence_without_spaces_is_folded_and_not_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "这些数据送入该层的数值与训练时不同而该层仍在减去旧数据的均值除以旧数据的标准差" * 3
+    shown = report(verdict=Words(sentence, "bad", sentence), blocks=(Words(sentence),), notes=(sentence,))
+    text = printed(shown, monkeypatch, width=width)
+    assert "".join(text.split()).count(sentence) == 4
+
+
 def test_a_pipe_gets_no_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" not in printed(report(), monkeypatch)
 

@@ -25,6 +25,7 @@ from renorm.profile import Profile as Profile
 from renorm.profile import profile as profile
 from renorm.recalibrate import Adaptation as Adaptation
 from renorm.recalibrate import recalibrate_ as recalibrate_
+from renorm.report import notebook as _notebook  # noqa: F401 (registers the faces of results)
 from renorm.shift import Shift as Shift
 from renorm.sites import Site as Site
 from renorm.sites import find_sites as find_sites

@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from renorm.errors import CheckpointError, UsageError
 from renorm.files import refuse_existing, sha256, writing
 from renorm.provenance import plain_names, plain_state
+from renorm.said import listed, say
 from renorm.sites import unwrap
 
 __all__ = [
@@ -118,7 +119,9 @@ def load_(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True
     counters += sum(n not in names and _is_optional(n) for n in weights.state)
     notes = weights.notes
     if counters:
-        notes += (f"{counters} counters or extra states stand on one side only; the model's were kept",)
+        notes += (
+            say("{count} counters or extra states stand on one side only; the model's were kept", count=counters),
+        )
     report = Loaded(
         path=str(path),
         sha256=sha256(path),
@@ -242,9 +245,11 @@ def _pick(file: Path, found: object, averaged: bool) -> Weights:
         if not nested:
             break
         if len(nested) > 1:
-            notes.append(f"took {nested[0]!r}; the file holds {', '.join(map(repr, nested[1:]))} too")
+            notes.append(
+                say("took {name!r}; the file holds {others} too", name=nested[0], others=listed(map(repr, nested[1:])))
+            )
         if aside := [str(key) for key in found if key not in nested and key != "provenance"]:
-            notes.append(f"left aside beside {nested[0]!r}: {', '.join(aside)}")
+            notes.append(say("left aside beside {name!r}: {others}", name=nested[0], others=listed(aside)))
         found = found[nested[0]]
     if not isinstance(found, Mapping):
         raise CheckpointError(
@@ -263,7 +268,7 @@ def _finish(file: Path, found: Mapping[Any, Any], notes: tuple[str, ...], origin
         keys = ", ".join(str(key) for key in list(found)[:SHOWN]) or "nothing"
         raise CheckpointError(f"{file} holds no tensors (found: {keys}). Save model.state_dict() instead.")
     if dropped := len(found) - len(state):
-        notes += (f"dropped {dropped} entries that are no tensors",)
+        notes += (say("dropped {count} entries that are no tensors", count=dropped),)
     return Weights({plain: state[name].detach() for plain, name in plain_names(state).items()}, notes, origin)
 
 

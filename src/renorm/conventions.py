@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from renorm.errors import UnknownName, UsageError
+from renorm.said import say
 from renorm.sites import find_sites
 
 
@@ -60,14 +61,18 @@ def foreign_conventions(model: nn.Module) -> tuple[str, ...]:
     if not odd:
         return ()
     momenta = sorted({s.momentum for s in odd if s.momentum is not None})
-    text = (
-        f"{len(odd)} batch norms, {odd[0].name or 'the model itself'!r} first, have momentum {_listed(momenta)}: in torch "
-        f"that is the weight of the new batch, in TensorFlow, Keras and Flax of the old statistics. Set it to "
-        f"{_listed([round(1 - m, 12) for m in momenta])} before training"
+    text = say(
+        "{count} batch norms, {site!r} first, have momentum {momenta}: in torch that is the weight of the new batch, in "
+        "TensorFlow, Keras and Flax of the old statistics. Set it to {right} before training{eps}.",
+        count=len(odd),
+        site=odd[0].name or "the model itself",
+        momenta=_listed(momenta),
+        right=_listed([round(1 - m, 12) for m in momenta]),
+        eps=say("; eps is torch's 1e-05, where TensorFlow and Keras take 0.001 unless told: compare it with the source")
+        if any(s.eps == CONVENTIONS["torch"].eps for s in odd)
+        else "",
     )
-    if any(s.eps == CONVENTIONS["torch"].eps for s in odd):
-        text += "; eps is torch's 1e-05, where TensorFlow and Keras take 0.001 unless told: compare it with the source"
-    return (text + ".",)
+    return (text,)
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from renorm.calls import Caller, Forward, Output
+from renorm.faces import Faces
 from renorm.rules.base import Facts, Finding, catalogue
 from renorm.shift import Shift
 from renorm.sites import Site
@@ -21,7 +22,7 @@ __all__ = ["Diagnosis", "diagnose"]
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis:
+class Diagnosis(Faces):
     """What the rules found; without data, what the model alone shows.
 
     findings   worst first; empty where nothing is wrong

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from renorm.calls import Caller, Forward, Output, nonempty
 from renorm.errors import BatchError, UnknownName, UsageError
+from renorm.faces import Faces
 from renorm.sites import unwrap
 from renorm.state import evaluating, preserving
 
@@ -21,7 +22,7 @@ BOOTSTRAP = 200  # resamples: the interval's own error is then about a tenth of 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(Faces):
     """What a model scored: the metric's `value` with a 95 % `interval`, over `count` samples.
 
     `nll` (nats) and `ece` (15 bins) are those of the softmax of the logits, NaN where the labels are not class indices.

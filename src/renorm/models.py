@@ -30,6 +30,7 @@ from renorm.checkpoints import Loaded, load_
 from renorm.conventions import foreign_conventions
 from renorm.errors import ModelError, RenormError, UnknownName, UsageError, require
 from renorm.preprocessing import Preprocessing, preprocessing_of
+from renorm.said import say
 
 __all__ = ["Model", "load_model", "open_model"]
 
@@ -104,9 +105,11 @@ def open_model(
     preprocessing = preprocessing_of(module)
     notes = loaded.notes if loaded else ()
     if zoo and not pretrained and loaded is None:
-        notes += ("weights are random (seed 0): give a checkpoint, or ask for the pretrained ones",)
+        notes += (say("weights are random (seed 0): give a checkpoint, or ask for the pretrained ones"),)
     if preprocessing is None:
-        notes += ("the model does not say how pixels become its input (no `pretrained_cfg`): they are divided by 255",)
+        notes += (
+            say("the model does not say how pixels become its input (no `pretrained_cfg`): they are divided by 255"),
+        )
     notes += foreign_conventions(module)
     return Model(
         module=module.eval(),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.errors import DataError, ModelError, require
+from renorm.said import Said, listed, say
 from renorm.sites import unwrap
 
 __all__ = ["Preprocessing", "match_channels", "preprocessing_of"]
@@ -48,10 +49,21 @@ class Preprocessing:
             )
 
     def __str__(self) -> str:
+        return str(self.said())
+
+    def said(self) -> Said:
+        """It in words."""
         channels, height, width = self.input_size
-        cut = "" if self.crop == 1 else f", the centre {self.crop:.3g} kept"
         mean, std = (", ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
-        return f"{channels} × {height} × {width} ({self.interpolation}{cut}), pixels / 255 less ({mean}) over ({std})"
+        size = say("{channels} × {height} × {width}", channels=channels, height=height, width=width)
+        values = {"size": size, "interpolation": self.interpolation, "mean": mean, "std": std}
+        if self.crop == 1:
+            return say("{size} ({interpolation}), pixels / 255 less ({mean}) over ({std})", **values)
+        return say(
+            "{size} ({interpolation}, the centre {crop:.3g} kept), pixels / 255 less ({mean}) over ({std})",
+            crop=self.crop,
+            **values,
+        )
 
     def tensor(self, images: Tensor) -> Tensor:
         """The model's input from pixels in [0, 1], (N, C, H, W) with the model's channels; float32."""
@@ -121,13 +133,16 @@ def match_channels(images: Tensor, channels: int) -> tuple[Tensor, str]:
     if held == channels:
         return images, ""
     if held == 1:
-        return images.expand(-1, channels, *images.shape[2:]), f"grey repeated into {channels} channels"
+        return images.expand(-1, channels, *images.shape[2:]), say(
+            "grey repeated into {count} channels", count=channels
+        )
     if held == 4 and channels in (1, 3):
         grey, done = match_channels(images[:, :3], channels)
-        return grey, "fourth channel (alpha) dropped" + (f", {done}" if done else "")
+        dropped = say("fourth channel (alpha) dropped")
+        return grey, listed([dropped, done]) if done else dropped
     if held == 3 and channels == 1:
         weights = torch.tensor(LUMINANCE, dtype=images.dtype).reshape(1, 3, *[1] * (images.dim() - 2))
-        return (images * weights).sum(1, keepdim=True), "colours reduced to grey (their luminance)"
+        return (images * weights).sum(1, keepdim=True), say("colours reduced to grey (their luminance)")
     raise DataError(
         f"the model takes {channels} channels, the images have {held}. Give images of {channels} channels, "
         "or a model made for these."

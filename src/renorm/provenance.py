@@ -57,12 +57,12 @@ def fingerprint(model_or_state: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def provenance(
-    *, command: str, model: str, data: str | None, checkpoint: str | None = None, **more: Any
+    *, command: str, model: str | None, data: str | None, checkpoint: str | None = None, **more: Any
 ) -> dict[str, Any]:
     """Where a result came from, as plain values: versions, time (UTC), command, and fingerprints.
 
-    `model` is the `fingerprint` of the model before the change, `checkpoint` the `sha256` of its file, `data` the
-    fingerprint of the data set; `more` is kept as it is.
+    `model` is the `fingerprint` of the model before any change, None where there is none, `checkpoint` the `sha256` of its
+    file, `data` the fingerprint of the data set; `more` is kept as it is.
     """
     return {
         "renorm": version("renorm"),

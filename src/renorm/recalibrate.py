@@ -13,17 +13,21 @@ from torch import nn
 from renorm.calls import Caller, Forward, Output, several_passes
 from renorm.errors import BatchError, UsageError
 from renorm.evaluate import METRICS, Outputs, collect
+from renorm.faces import Faces
 from renorm.methods.base import Method, build
 from renorm.moments import Moments
 from renorm.profile import Profile
+from renorm.said import say
 from renorm.shift import Shift
 from renorm.sites import Site, batch_sites, select
 from renorm.state import Undo
 from renorm.trust import Trust, trust
 
+UNCHECKED = say("no check was asked for")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Adaptation:
+class Adaptation(Faces):
     """A change that `recalibrate_` made, or found it better not to make.
 
     method      what was used, with its options
@@ -116,7 +120,8 @@ def recalibrate_(
             for name, known in held.items()
             if known and name in estimate.target
         }
-        accepted, why, verdict = True, "no check was asked for", None
+        accepted, verdict = True, None
+        why: str = UNCHECKED
         if check is not None and before is not None:
             unlabelled = before.labels is None
             judged = estimate.unblended if unlabelled and estimate.unblended is not None else estimate.moments
@@ -180,11 +185,17 @@ def _judge(
     if before.labels is not None:
         labels = before.labels
         was, now = (METRICS["accuracy"](logits, labels) for logits in (before.logits, after.logits))
-        why = f"on {len(labels)} labelled check samples accuracy went from {was:.1%} to {now:.1%}"
+        why = say(
+            "on {count} labelled check samples accuracy went from {was:.1%} to {now:.1%}",
+            count=len(labels),
+            was=was,
+            now=now,
+        )
         if now != was:
             return now > was, why, None
         was, now = (METRICS["nll"](logits, labels) for logits in (before.logits, after.logits))
-        return now <= was, f"{why}, and the mean negative log likelihood from {was:.3g} to {now:.3g}", None
+        nll = say("{why}, and the mean negative log likelihood from {was:.3g} to {now:.3g}", why=why, was=was, now=now)
+        return now <= was, nll, None
     moved = sum(shift.moved for shift in shifts.values()) / max(1, len(shifts))
     verdict = trust(before.logits, after.logits, source=profile, moved=moved)
     return verdict.better, verdict.why, verdict

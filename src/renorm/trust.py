@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from renorm.errors import UsageError
+from renorm.said import say
 
 # Set on ResNet-20 (CIFAR-10) and MobileNet (VWW) holding target statistics alone or with a tenth of the source: as they are,
 # 14 and 17 corruptions, label shift on four kinds of each; 105 cases, 400 samples (150 under VWW's label shift).
@@ -62,22 +63,34 @@ def trust(source_logits: Tensor, adapted_logits: Tensor, source: Any = None, *, 
     part = (old != new).squeeze(1)
     disagreement = float(part.double().mean())
     if not bool(part.any()):
-        return Trust(True, 0.5, "both models give the same answers, so nothing is lost either way", 0.0, 0.0)
+        return Trust(True, 0.5, say("both models give the same answers, so nothing is lost either way"), 0.0, 0.0)
     source_margin = float((before.gather(1, old) - before.gather(1, new))[part].mean())
     adapted_margin = float((after.gather(1, new) - after.gather(1, old))[part].mean())
     total = source_margin + adapted_margin
     evidence = (adapted_margin - source_margin) / total if total > 0 else 0.0
-    facts = f"on the {disagreement:.0%} of samples where they differ, mean log odds are {adapted_margin:.2f} adapted"
-    facts = f"{facts} against {source_margin:.2f} source"
+    facts = say(
+        "on the {share:.0%} of samples where they differ, mean log odds are {adapted:.2f} adapted against {source:.2f} source",
+        share=disagreement,
+        adapted=adapted_margin,
+        source=source_margin,
+    )
     if moved is not None and source is None and moved < MOVED:
-        why = f"the moments moved by {moved:.4f}, less than {MOVED:g}: no shift in the inputs that adapting could mend"
-        return Trust(False, 0.55, f"{why}; {facts}", evidence, disagreement)
+        why = say(
+            "the moments moved by {moved:.4f}, less than {limit:g}: no shift in the inputs that adapting could mend; {facts}",
+            moved=moved,
+            limit=MOVED,
+            facts=facts,
+        )
+        return Trust(False, 0.55, why, evidence, disagreement)
     better = evidence > LIMIT
     reliability = 1 / (1 + math.exp(-SLOPE * abs(evidence - LIMIT)))
     if better and moved is None and source is None:
         reliability = min(reliability, UNSEEN)
-    verdict = "the adapted model is believed" if better else "the source is believed: the adapted model is less sure"
-    return Trust(better, reliability, f"{facts}: {verdict}", evidence, disagreement)
+    if better:
+        why = say("{facts}: the adapted model is believed", facts=facts)
+    else:
+        why = say("{facts}: the source is believed: the adapted model is less sure", facts=facts)
+    return Trust(better, reliability, why, evidence, disagreement)
 
 
 def _rows(source: Tensor, adapted: Tensor) -> tuple[Tensor, Tensor]:

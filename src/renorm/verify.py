@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from renorm.calls import Caller, Forward, Output, nonempty, tensors_in
 from renorm.errors import UsageError
+from renorm.faces import Faces
 from renorm.observe import outputs_at
 from renorm.sites import find_sites, unwrap
 from renorm.state import evaluating, preserving
@@ -21,7 +22,7 @@ PARTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gap:
+class Gap(Faces):
     """How far the outputs of two models lie apart, over every tensor in them.
 
     `max_abs` and `mean_abs` are differences in the outputs' own unit; `agreement` is the share of samples with the same

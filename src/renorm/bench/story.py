@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from renorm.bench.digits import Digits, batches
-from renorm.doctor import diagnose
+from renorm.doctor import Diagnosis, diagnose
 from renorm.evaluate import Score, evaluate
 from renorm.profile import Profile
 from renorm.recalibrate import recalibrate_
@@ -23,8 +23,8 @@ FEW = (0, 1, 2)  # the digits that are present where only a few are
 class Meeting:
     """The network meets one shifted copy of the digits.
 
-    `distance` is that of the worst `site` in source sd; `tried` is what recalibration gives, kept or not; `exact` says
-    whether after the undo every tensor and every output was as before, bit for bit.
+    `diagnosis` is the doctor's, `distance` that of the worst `site` in source sd; `tried` is what recalibration gives, kept
+    or not; `exact` says whether after the undo every tensor and every output was as before, bit for bit.
     """
 
     shift: str
@@ -35,6 +35,7 @@ class Meeting:
     accepted: bool
     why: str
     exact: bool
+    diagnosis: Diagnosis
 
     @property
     def after(self) -> Score:
@@ -57,8 +58,8 @@ def meet(model: nn.Module, target: Digits, shift: str) -> Meeting:
     moved = target.shifted(shift)
     unlabelled, measured = batches(moved[:ADAPTING]), moved[ADAPTING:]
     before, held, said = score(model, measured), _tensors(model), _outputs(model, measured)
-    distances = diagnose(model, unlabelled).distances
-    site = next(iter(distances))
+    diagnosis = diagnose(model, unlabelled)
+    site, distance = next(iter(diagnosis.distances.items()))
 
     adaptation = recalibrate_(model, unlabelled, check=unlabelled)
     accepted, why = adaptation.accepted, adaptation.why
@@ -69,7 +70,7 @@ def meet(model: nn.Module, target: Digits, shift: str) -> Meeting:
 
     same = all(now.equal(then) for now, then in zip(_tensors(model), held, strict=True))
     exact = same and _outputs(model, measured).equal(said)
-    return Meeting(shift, site, distances[site], before, tried, accepted, why, exact)
+    return Meeting(shift, site, distance, before, tried, accepted, why, exact, diagnosis)
 
 
 def few_classes(model: nn.Module, known: Profile, target: Digits, shift: str) -> FewClasses:

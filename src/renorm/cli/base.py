@@ -37,7 +37,9 @@ class Command(ABC):
     name: ClassVar[str]
     example: ClassVar[str]
 
-    format: Literal["table", "json"] = option("table", "how to print the answer")
+    format: Literal["table", "json", "html"] = option("table", "how to print the answer")
+    report: str = option("", "write the answer as one HTML page, with pictures, besides printing it", metavar="FILE")
+    lang: Literal["en", "zh"] = option("en", "the language of the answer, printed or in a page; JSON stays English")
     quiet: bool = option(False, "draw no progress")
     force: bool = option(False, "write over an output file that exists")
     debug: bool = option(False, "on an error, show where in the code it came from")
@@ -62,6 +64,17 @@ class Command(ABC):
             elif value != each.default:
                 parts.append(each.flag if value is True else f"{each.short or each.flag} {shlex.quote(str(value))}")
         return " ".join(parts)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the answer is made to be kept, and so says where it came from."""
+        return self.format == "html" or bool(self.report)
+
+    def origin(self, **where: Any) -> Mapping[str, Any]:
+        """Where the answer comes from: the command, versions and time, and what `where` adds."""
+        from renorm.provenance import provenance
+
+        return provenance(command=self.written(), **{"model": None, "data": None, **where}) if self.keeps else {}
 
     @abstractmethod
     def run(self, screen: Screen) -> Report:

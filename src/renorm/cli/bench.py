@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from renorm.cli.base import Command, argument, option
+from renorm.said import say
 
 if TYPE_CHECKING:
     from renorm.cli.screen import Screen
@@ -41,7 +42,12 @@ class Bench(Command):
             command=self.name,
             model="",
             data=self.data,
-            verdict=Words(f"{rows} cells were run now, {total} are in the table.", "good", f"Written to {written}"),
+            verdict=Words(
+                say("{rows} cells were run now, {total} are in the table.", rows=rows, total=total),
+                "good",
+                say("Written to {output}", output=written),
+            ),
             blocks=(Words(text),),
+            origin=self.origin(),
             result={"suite": self.suite, "size": self.size, "report": written, "cells": total, "run_now": rows},
         )

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from renorm.cli.base import Command
+from renorm.said import follow, listed, say
 
 if TYPE_CHECKING:
     from renorm.bench.story import FewClasses, Meeting
     from renorm.cli.screen import Screen
     from renorm.evaluate import Score
-    from renorm.report.base import Report, Table, Words
+    from renorm.report.base import Picture, Report, Table, Tone, Words
+    from renorm.shift import Shift
+
+SHIFTS = {
+    "as they are": say("as they are"),
+    "low contrast": say("low contrast"),
+    "fog": say("fog"),
+    "blur": say("blur"),
+    "inverted": say("inverted"),
+}
+WHEN = {"before": say("before"), "after": say("after")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +56,9 @@ class Demo(Command):
             model="",
             data="",
             verdict=_verdict(met),
-            blocks=(_source(learnt), _table(met), *_refusals(met), _undone(met), _few(few), _yours()),
+            blocks=(_source(learnt), _table(met), *_pictures(met), *_refusals(met), _undone(met), _few(few), _yours()),
             result=_result(learnt, met, few),
+            origin=self.origin(),
         )
 
 
@@ -54,16 +66,22 @@ def _verdict(met: list[Meeting]) -> Words:
     from renorm.report.base import Words
 
     mended = [m for m in met if m.accepted]
-    changes = ", ".join(f"{m.shift} {_error(m.before)} → {_error(m.after)} %" for m in mended)
-    refused = ", ".join(m.shift for m in met if not m.accepted)
-    text = f"Error: {changes}. Nothing but the statistics of three batch norms moved: 400 images, no training."
-    if refused:
-        text += f" On {refused} digits they could not help; renorm noticed, without labels, and kept the source."
-    return Words(
-        text,
-        "good",
-        "A network that met new data, mended without labels",
+    changes = listed(
+        say("{shift} {before} → {after} %", shift=SHIFTS[m.shift], before=_error(m.before), after=_error(m.after))
+        for m in mended
     )
+    refused = [SHIFTS[m.shift] for m in met if not m.accepted]
+    text = say(
+        "Error: {changes}. Nothing but the statistics of three batch norms moved: 400 images, no training.",
+        changes=changes,
+    )
+    if refused:
+        sorry = say(
+            "On {refused} digits they could not help; renorm noticed, without labels, and kept the source.",
+            refused=listed(refused),
+        )
+        text = follow(text, sorry)
+    return Words(text, "good", say("A network that met new data, mended without labels"))
 
 
 def _source(learnt: Score) -> Words:
@@ -71,11 +89,17 @@ def _source(learnt: Score) -> Words:
 
     low, high = (100 - 100 * bound for bound in learnt.interval)
     return Words(
-        f"A small network learnt to read 1,000 handwritten digits. Of {learnt.count} new ones from the same hands it gets "
-        f"{_error(learnt)} % wrong (95 % interval {high:.1f} to {low:.1f} %). Then the world changes: the same digits arrive "
-        "with low contrast, in fog, blurred, and inverted. Each of its batch norms still subtracts the mean and divides by "
-        "the standard deviation of the old ones.",
-        title="The source",
+        say(
+            "A small network learnt to read 1,000 handwritten digits. Of {count} new ones from the same hands it gets "
+            "{error} % wrong (95 % interval {least:.1f} to {most:.1f} %). Then the world changes: the same digits arrive "
+            "with low contrast, in fog, blurred, and inverted. Each of its batch norms still subtracts the mean and divides "
+            "by the standard deviation of the old ones.",
+            count=learnt.count,
+            error=_error(learnt),
+            least=high,
+            most=low,
+        ),
+        title=say("The source"),
     )
 
 
@@ -85,22 +109,54 @@ def _table(met: list[Meeting]) -> Table:
     longest = max(m.distance for m in met)
     rows = tuple(
         (
-            m.shift,
+            SHIFTS[m.shift],
             Bar(m.distance / longest, f"{m.distance:.2f}"),
             m.site,
             _error(m.before),
             _error(m.tried),
             _interval(m.tried),
-            Told("yes", "good") if m.accepted else Told("no", "doubt"),
+            Told(say("yes"), "good") if m.accepted else Told(say("no"), "doubt"),
         )
         for m in met
     )
+    columns = (say("target"), say("worst shift"), say("at"), say("before %"), say("after %"), say("95 % interval"))
     return Table(
-        "What the doctor sees, and the error before and after recalibration",
-        ("target", "worst shift", "at", "before %", "after %", "95 % interval", "kept"),
+        say("What the doctor sees, and the error before and after recalibration"),
+        (*columns, say("kept")),
         rows,
-        note=f"Shift in source standard deviations. Errors on {met[0].before.count} digits that recalibration never saw.",
+        note=say(
+            "Shift in source standard deviations. Errors on {count} digits that recalibration never saw.",
+            count=met[0].before.count,
+        ),
     )
+
+
+def _pictures(met: list[Meeting]) -> tuple[Picture, ...]:
+    from renorm.report import shifts
+    from renorm.report.base import Spans
+
+    points: list[tuple[str, str, float, float, float, Tone]] = []
+    for m in met:
+        for name, score, tone in (("before", m.before, "plain"), ("after", m.tried, "good" if m.accepted else "doubt")):
+            low, high = (100 - 100 * bound for bound in score.interval[::-1])
+            label = say("{shift}, {when}", shift=SHIFTS[m.shift], when=WHEN[name])
+            points.append((label, f"{_error(score)} %", 100 - 100 * score.value, low, high, cast("Tone", tone)))
+    errors = Spans(
+        say("The error before and after, with its 95 % interval"),
+        items=tuple(points),
+        full=(0, 100),
+        across=say("error, %"),
+        note=say(
+            "Green was kept; where renorm kept the source instead, amber shows what recalibration would have cost."
+        ),
+    )
+    far: dict[str, float] = {}
+    moved: dict[str, Shift] = {}
+    for m in met:
+        for site, shift in m.diagnosis.shifts.items():
+            strip = say("{shift}, {site}", shift=SHIFTS[m.shift], site=site)
+            far[strip], moved[strip] = m.diagnosis.distances[site], shift
+    return errors, shifts.channels(far, moved, title=say("Which channels of the three layers moved, target by target"))
 
 
 def _refusals(met: list[Meeting]) -> Iterator[Words]:
@@ -108,14 +164,16 @@ def _refusals(met: list[Meeting]) -> Iterator[Words]:
 
     for m in met:
         if not m.accepted:
-            why = f"Its answers before and after were compared, without labels: {m.why.rstrip('.')}."
             yield Words(
-                f"{why} So the values are not merely shifted, the features do not match: what "
-                "the network learnt to look for, bright strokes on dark paper, is not in these images, and no mean or "
-                "variance puts it there. A shift is mended by statistics; a mismatch takes labels and fine-tuning, or "
-                "images turned back.",
+                say(
+                    "Its answers before and after were compared, without labels: {why}. So the values are not merely "
+                    "shifted, the features do not match: what the network learnt to look for, bright strokes on dark paper, "
+                    "is not in these images, and no mean or variance puts it there. A shift is mended by statistics; a "
+                    "mismatch takes labels and fine-tuning, or images turned back.",
+                    why=m.why,
+                ),
                 "doubt",
-                f"Why {m.shift} digits were left to the source: shift or mismatched features?",
+                say("Why {shift} digits were left to the source: shift or mismatched features?", shift=SHIFTS[m.shift]),
             )
 
 
@@ -124,13 +182,16 @@ def _undone(met: list[Meeting]) -> Words:
 
     if all(m.exact for m in met):
         return Words(
-            "After each target the change was undone: every tensor of the network, and every output, was compared "
-            "bit for bit with what it was before.",
+            say(
+                "After each target the change was undone: every tensor of the network, and every output, was compared "
+                "bit for bit with what it was before."
+            ),
             "good",
-            "Undone exactly",
+            say("Undone exactly"),
         )
-    wrong = ", ".join(m.shift for m in met if not m.exact)
-    return Words(f"After {wrong} the network was not what it was before. Please report this.", "bad", "The undo failed")
+    wrong = listed(SHIFTS[m.shift] for m in met if not m.exact)
+    text = say("After {wrong} the network was not what it was before. Please report this.", wrong=wrong)
+    return Words(text, "bad", say("The undo failed"))
 
 
 def _few(few: list[FewClasses]) -> Table:
@@ -141,14 +202,15 @@ def _few(few: list[FewClasses]) -> Table:
     for each in few:
         harmed = each.plain.value < each.source.value
         plain = Told(_error(each.plain), "bad" if harmed else "plain")
-        rows.append((each.shift, _error(each.source), plain, Told(_error(each.profiled), "good")))
-    present = ", ".join(map(str, FEW[:-1])) + f" and {FEW[-1]}"
+        rows.append((SHIFTS[each.shift], _error(each.source), plain, Told(_error(each.profiled), "good")))
     return Table(
-        f"When only the digits {present} are there: error %",
-        ("target", "source", "plain re-estimation", "with a source profile"),
+        say("When only the digits {some} and {last} are there: error %", some=listed(map(str, FEW[:-1])), last=FEW[-1]),
+        (say("target"), say("source"), say("plain re-estimation"), say("with a source profile")),
         tuple(rows),
-        note="Plain re-estimation takes the missing digits for a shift. A profile of the source (renorm profile, then "
-        "--source) compares both sides at the same mix of digits.",
+        note=say(
+            "Plain re-estimation takes the missing digits for a shift. A profile of the source (renorm profile, then "
+            "--source) compares both sides at the same mix of digits."
+        ),
     )
 
 
@@ -156,8 +218,8 @@ def _yours() -> Words:
     from renorm.report.base import Words
 
     return Words(
-        "renorm doctor MODEL DATA\nrenorm recalibrate MODEL DATA --check DATA -o OUT",
-        title="Now yours",
+        say("renorm doctor MODEL DATA\nrenorm recalibrate MODEL DATA --check DATA -o OUT"),
+        title=say("Now yours"),
     )
 
 
@@ -196,7 +258,7 @@ def _error(score: Score) -> str:
 
 def _interval(score: Score) -> str:
     low, high = score.interval
-    return f"{100 - 100 * high:.1f} to {100 - 100 * low:.1f}"
+    return say("{low:.1f} to {high:.1f}", low=100 - 100 * high, high=100 - 100 * low)
 
 
 @contextmanager

@@ -49,5 +49,6 @@ class Doctor(OnModel):
             blocks=page.blocks(diagnosis, rows=self.top),
             result=page.result(diagnosis),
             notes=notes(model, dataset),
+            origin=self.origin_of(model, dataset),
             exit_code=0 if diagnosis.healthy else 1,
         )

@@ -41,7 +41,8 @@ class Evaluate(OnModel):
             model=self.model,
             data=self.data,
             verdict=page.verdict(score),
-            blocks=(),
+            blocks=page.blocks(score),
             result=page.result(score),
             notes=notes(model, dataset),
+            origin=self.origin_of(model, dataset),
         )

@@ -61,7 +61,10 @@ def _run(words: list[str]) -> int:
         sys.stdout.write(help.of_command(kind, rest))
         return 0
     command = parse(kind, rest)
-    screen = Screen(format=command.format, quiet=command.quiet)
+    screen = Screen(
+        format=command.format, quiet=command.quiet, page=command.report, lang=command.lang, force=command.force
+    )
+    screen.check(getattr(command, "output", ""))
     report = command.run(screen)
     screen.show(report)
     return report.exit_code

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from renorm.cli.base import argument, option
 from renorm.cli.subject import DATA, OnModel, notes
+from renorm.said import say
 
 if TYPE_CHECKING:
     from renorm.cli.screen import Screen
@@ -44,11 +45,15 @@ class MakeProfile(OnModel):
             model=self.model,
             data=self.data,
             verdict=Words(
-                f"Use it on data of any mix of classes: renorm recalibrate MODEL DATA --source {self.output} -o OUT",
+                say(
+                    "Use it on data of any mix of classes: renorm recalibrate MODEL DATA --source {output} -o OUT",
+                    output=self.output,
+                ),
                 "good",
-                f"The source's profile is written to {self.output}",
+                say("The source's profile is written to {output}", output=self.output),
             ),
             blocks=(),
             result={"output": str(target), "samples": dataset.count, "bytes": target.stat().st_size},
             notes=notes(model, dataset),
+            origin=self.origin_of(model, dataset),
         )

@@ -80,6 +80,7 @@ class Recalibrate(OnModel):
             result=page.result(adaptation, before=before, after=after)
             | {"output": self.output if adaptation.accepted else None},
             notes=(*adaptation.notes, *notes(model, dataset, check)),
+            origin=self.origin_of(model, dataset, fingerprinted=origin),
             exit_code=0 if adaptation.accepted else 1,
         )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from renorm.errors import UsageError
 from renorm.report.base import Report
 
 
@@ -16,6 +18,25 @@ class Screen:
 
     format: str = "table"
     quiet: bool = False
+    page: str = ""
+    lang: str = "en"
+    force: bool = False
+
+    def check(self, output: str = "") -> None:
+        """Refuse, before any work, what could not be shown or written; `output` is what the command itself writes.
+
+        Raises MissingExtra without matplotlib, FileExists and UsageError as `files.refuse_existing`.
+        """
+        if self.format == "html" or self.page:
+            from renorm.report import pictures
+
+            pictures.available()
+        if self.page:
+            from renorm.files import refuse_existing
+
+            refuse_existing(self.page, force=self.force)
+            if output and Path(output).resolve() == Path(self.page).resolve():
+                raise UsageError(f"-o and --report both name {self.page}. Give the page another name.")
 
     @property
     def draws(self) -> bool:
@@ -34,17 +55,34 @@ class Screen:
         return iter(_Watched(steps, doing, total)) if self.draws else iter(steps)
 
     def show(self, report: Report) -> None:
-        """Print the report on stdout in the format that was asked for."""
+        """Print the report on stdout in the format that was asked for, and write the page if one was."""
+        if self.page:
+            from renorm.files import writing
+            from renorm.report import html
+
+            with writing(self.page, force=self.force) as path:
+                path.write_text(html.render(report, lang=self.lang), encoding="utf-8")
+        self._print(report)
+        sys.stdout.flush()
+
+    def _print(self, report: Report) -> None:
         if self.format == "json":
             from renorm.provenance import version
             from renorm.report import json
 
             sys.stdout.write(json.render(report, version=version("renorm")) + "\n")
+        elif self.format == "html":
+            from renorm.report import html
+
+            page = html.render(report, lang=self.lang)
+            # the page says that it is UTF-8, whatever the terminal speaks
+            raw = getattr(sys.stdout, "buffer", None)
+            sys.stdout.write(page) if raw is None else raw.write(page.encode())
         else:
             from renorm.report import terminal
+            from renorm.report.language import translated
 
-            terminal.show(report, sys.stdout)
-        sys.stdout.flush()
+            terminal.show(translated(report, self.lang), sys.stdout)
 
 
 class _Watched:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from renorm.cli.base import Command, argument, option
+from renorm.said import say
 
 if TYPE_CHECKING:
     from renorm.datasets.base import Dataset
@@ -58,6 +60,20 @@ class OnModel(Command):
             classes=model.classes,
         )
 
+    def origin_of(
+        self, model: Model, dataset: Dataset | None, *, fingerprinted: str | None = None
+    ) -> Mapping[str, Any]:
+        """`origin` with the fingerprints of what was opened; `fingerprinted` is the model's where it was taken before."""
+        from renorm.provenance import fingerprint
+
+        if not self.keeps:  # to read a large model again costs seconds
+            return {}
+        return self.origin(
+            model=fingerprinted or fingerprint(model.module),
+            data=dataset.fingerprint if dataset else None,
+            checkpoint=model.checkpoint.sha256 if model.checkpoint else None,
+        )
+
     def calling(self) -> dict[str, Any]:
         """How to run the model, as every verb takes it."""
         import torch
@@ -71,5 +87,7 @@ class OnModel(Command):
 
 def notes(*opened: Model | Dataset | None) -> tuple[str, ...]:
     """What was said while opening: how pixels became input, what was loaded or left out; the same thing once."""
-    said = [f"{each.spec}: {note}" for each in opened if each is not None for note in each.notes]
+    said = [
+        say("{name}: {note}", name=each.spec, note=note) for each in opened if each is not None for note in each.notes
+    ]
     return tuple(dict.fromkeys(said))

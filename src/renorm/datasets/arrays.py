@@ -18,6 +18,7 @@ from renorm.datasets.base import Dataset, Indices, Options, assemble
 from renorm.errors import DataError, UnknownName, UsageError
 from renorm.files import sha256
 from renorm.preprocessing import Preprocessing, match_channels
+from renorm.said import listed, say, some
 
 __all__ = ["pixel_reader", "read"]
 
@@ -85,10 +86,10 @@ def pixel_reader(
 
     height, width = (side for place, side in enumerate(images.shape[1:], 1) if place != axis)
     if preprocessing is None:
-        return fetch, (f"pixels / {top}, {height} × {width}",)
-    notes = [f"input {preprocessing}"]
+        return fetch, (say("pixels / {top}, {height} × {width}", top=top, height=height, width=width),)
+    notes: list[str] = [say("input {preprocessing}", preprocessing=preprocessing.said())]
     if (height, width) != preprocessing.input_size[1:]:
-        notes.append(f"resized from {height} × {width}")
+        notes.append(say("resized from {height} × {width}", height=height, width=width))
     held = torch.zeros(1, 1 if axis is None else images.shape[axis], 1, 1)
     if done := match_channels(held, preprocessing.input_size[0])[1]:
         notes.append(done)
@@ -175,8 +176,8 @@ def _labels(
     elif options.labels not in held:
         raise UnknownName(f"array in {path.name}:", options.labels, held)
     if name is None:
-        behind = f" with _{split} behind it" if split else ""
-        return None, None, (f"no labels: none of {', '.join(LABELS)}{behind} is in the file",)
+        wanted = listed(f"{label}_{split}" if split else label for label in LABELS)
+        return None, None, (say("no labels: none of {wanted} is in the file", wanted=wanted),)
     values = _array(path, held, name)
     if values.ndim > 1 and values.size == len(values):
         values = values.reshape(-1)
@@ -197,7 +198,7 @@ def _numbered(
         return (
             torch.from_numpy(numbers.astype(np.int64)),
             tuple(map(str, names)),
-            (f"labels are names, numbered in sorted order: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}",),
+            (say("labels are names, numbered in sorted order: {some}", some=some(list(map(str, names)))),),
         )
     if values.dtype.kind not in "biuf":
         raise DataError(f"{where} is of type {values.dtype}. Labels are whole numbers, names, or numbers to predict.")
@@ -205,7 +206,11 @@ def _numbered(
         if not np.isfinite(values).all():
             raise DataError(f"{where} holds NaN or infinity. Leave those samples away, or give labels=None.")
         if (values != np.rint(values)).any():
-            return torch.from_numpy(values.astype(np.float32)), None, ("labels are numbers to predict, not classes",)
+            return (
+                torch.from_numpy(values.astype(np.float32)),
+                None,
+                (say("labels are numbers to predict, not classes"),),
+            )
     numbers = values.astype(np.int64)
     if classes is not None and numbers.size and not 0 <= numbers.min() <= numbers.max() < len(classes):
         raise DataError(
@@ -234,18 +239,18 @@ def _reader(
         )
     _check_finite(values, where)
     axis = 1
-    notes = ["numbers that are no pixels (8 or 16 bits) are taken as they are, not normalised"]
+    notes: list[str] = [say("numbers that are no pixels (8 or 16 bits) are taken as they are, not normalised")]
     if preprocessing is not None:
         axis = _channel_axis(values, preprocessing.input_size[0], where) or 1
         if axis != 1:
-            notes.append("channels moved from last to first")
+            notes.append(say("channels moved from last to first"))
         if values.shape[axis] != preprocessing.input_size[0]:
             raise DataError(
                 f"the model takes {preprocessing.input_size[0]} channels, {where} has {values.shape[axis]}. "
                 "Give what the model takes, or a model made for these."
             )
         if values.min() >= 0 and values.max() <= 255:
-            notes.append("they lie in 0…255 as pixels do: saved as uint8, they would be normalised for the model")
+            notes.append(say("they lie in 0…255 as pixels do: saved as uint8, they would be normalised for the model"))
 
     def fetch(indices: Indices) -> Tensor:
         x = torch.from_numpy(values[indices].astype(np.float32))

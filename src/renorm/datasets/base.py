@@ -12,6 +12,7 @@ from torch import Tensor
 
 from renorm.errors import UsageError
 from renorm.preprocessing import Preprocessing
+from renorm.said import listed, say
 
 __all__ = ["Batches", "Dataset", "Options", "assemble"]
 
@@ -98,11 +99,13 @@ def assemble(
         notes += said
     order = options.order(total)
     if options.seed is not None:
-        notes += (f"read in a random order (seed {options.seed}): batches that hold one class each do harm",)
+        notes += (
+            say("read in a random order (seed {seed}): batches that hold one class each do harm", seed=options.seed),
+        )
     if len(order) < total:
-        notes += (f"{len(order)} of {total} samples, the first in that order",)
+        notes += (say("{count} of {total} samples, the first in that order", count=len(order), total=total),)
     if len(order) == 1:
-        notes += ("only 1 sample: too few to measure statistics on",)
+        notes += (say("only 1 sample: too few to measure statistics on"),)
     chosen = None if labels is None else labels[torch.from_numpy(order)]
     return Dataset(
         spec=spec,
@@ -124,7 +127,13 @@ def _follow(
         return labels, names, ()
     strange = [name for name in names if name not in model]
     if strange:
-        some = ", ".join(strange[:5])
-        return labels, names, (f"{len(strange)} of {len(names)} classes are none of the model's: {some}",)
+        some = listed(strange[:5])
+        said = say(
+            "{count} of {total} classes are none of the model's: {some}",
+            count=len(strange),
+            total=len(names),
+            some=some,
+        )
+        return labels, names, (said,)
     places = torch.tensor([model.index(name) for name in names])
-    return places[labels], model, ("labels are numbered as the model's classes, by name",)
+    return places[labels], model, (say("labels are numbered as the model's classes, by name"),)

@@ -10,6 +10,7 @@ import torch
 from renorm.datasets.arrays import pixel_reader
 from renorm.datasets.base import Dataset, Options, assemble
 from renorm.errors import UnknownName
+from renorm.said import say
 
 __all__ = ["read"]
 
@@ -33,7 +34,10 @@ def read(options: Options) -> Dataset:
     images = np.rint(found.images[part] * (255 / 16)).astype(np.uint8)
     fetch, notes = pixel_reader(images, options.preprocessing, "digits")
     if options.split:
-        notes = (f"split {options.split}: {len(part)} of 1,797, drawn at random once and for all", *notes)
+        drawn = say(
+            "split {split}: {count} of 1,797, drawn at random once and for all", split=options.split, count=len(part)
+        )
+        notes = (drawn, *notes)
     return assemble(
         "digits",
         options,

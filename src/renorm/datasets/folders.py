@@ -18,6 +18,7 @@ from torch import Tensor
 from renorm.datasets.base import Dataset, Indices, Options, assemble
 from renorm.errors import DataError, UnknownName, require
 from renorm.preprocessing import Preprocessing
+from renorm.said import listed, say, some
 
 __all__ = ["read"]
 
@@ -47,13 +48,13 @@ def read(root: Path, options: Options) -> Dataset:
         classes = files.classes
         number = {name: k for k, name in enumerate(classes)}
         labels = torch.tensor([number[Path(name).parts[0]] for name in files.names])
-        shown = ", ".join(classes[:5]) + (" …" if len(classes) > 5 else "")
-        notes += (f"labels are the {len(classes)} class folders in sorted order: {shown}",)
+        shown = some(classes)
+        notes += (say("labels are the {count} class folders in sorted order: {some}", count=len(classes), some=shown),)
     elif not files.classes:
-        notes += ("no class folders, hence no labels",)
+        notes += (say("no class folders, hence no labels"),)
     if files.skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(files.skipped.items()))
-        notes += (f"left out what is no image: {kinds}",)
+        kinds = listed(say("{count} {kind}", count=n, kind=kind) for kind, n in sorted(files.skipped.items()))
+        notes += (say("left out what is no image: {kinds}", kinds=kinds),)
     decode = _Decoder(root, tuple(files.names), options.preprocessing)
     notes += decode.describe(options.order(len(files.names))[:LOOKED])
     return assemble(
@@ -118,13 +119,13 @@ class _Files:
             if entry.is_dir():
                 me = _identity(entry.path)
                 if me in above:  # a link to a folder that it lies in
-                    self.skipped["link in a circle"] += 1
+                    self.skipped[say("link in a circle")] += 1
                 else:
                     yield from self._walk(Path(entry.path), f"{prefix}{entry.name}/", above | {me})
             elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
                 yield prefix + entry.name, entry.stat().st_size
             else:
-                self.skipped[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
+                self.skipped[os.path.splitext(entry.name)[1].lower() or say("without suffix")] += 1
 
 
 def _hidden(name: str) -> bool:
@@ -166,10 +167,18 @@ class _Decoder:
             with self._open(self.names[k]) as opened:
                 modes[opened.mode] += 1
         target = MODES[self._channels()]
-        notes = ["pixels / 255" if self.preprocessing is None else f"input {self.preprocessing}"]
+        known = self.preprocessing
+        notes = [say("pixels / 255") if known is None else say("input {preprocessing}", preprocessing=known.said())]
         if strange := {mode: count for mode, count in modes.items() if mode != target}:
-            kinds = ", ".join(f"{count} {mode}" for mode, count in sorted(strange.items()))
-            notes.append(f"images converted to {target} (of {len(some)} looked at: {kinds})")
+            kinds = listed(f"{count} {mode}" for mode, count in sorted(strange.items()))
+            notes.append(
+                say(
+                    "images converted to {mode} (of {count} looked at: {kinds})",
+                    mode=target,
+                    count=len(some),
+                    kinds=kinds,
+                )
+            )
         return tuple(notes)
 
     def _transformed(self, preprocessing: Preprocessing) -> Callable[[str], Tensor]:

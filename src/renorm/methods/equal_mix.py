@@ -15,6 +15,7 @@ from renorm.methods.base import Estimate, Method
 from renorm.moments import TINY, Moments
 from renorm.observe import measure, visiting
 from renorm.profile import Profile, class_logits
+from renorm.said import say
 from renorm.shift import Shift
 from renorm.sites import Site
 from renorm.state import evaluating, preserving
@@ -206,8 +207,13 @@ class _Search:
         if self.change < self._method.settled:
             return ()
         return (
-            f"the class mix still changed by {self.change:.3f} in the last of {self.passes} passes, "
-            f"{self._method.settled:g} was asked for: few images, or predictions that say little about the class.",
+            say(
+                "the class mix still changed by {change:.3f} in the last of {passes} passes, {settled:g} was asked for: few "
+                "images, or predictions that say little about the class.",
+                change=self.change,
+                passes=self.passes,
+                settled=self._method.settled,
+            ),
         )
 
     def _presume(self, model: nn.Module, batch: Any, caller: Caller, index: int) -> tuple[int, Tensor]:

@@ -15,6 +15,7 @@ from renorm.methods.base import Estimate, Method
 from renorm.moments import Moments, Observed
 from renorm.observe import Observation, finish, observing
 from renorm.profile import Profile
+from renorm.said import say
 from renorm.shift import Shift
 from renorm.sites import Site
 
@@ -109,8 +110,13 @@ class Pooled(Method):
         if widest(seen, held) <= tolerance:
             return seen, ()
         return seen, (
-            f"all {seen.samples} images were read, and the least certain site still has a standard error of "
-            f"{widest(seen, held):.3g} source sd; tolerance asked for {tolerance:g}.",
+            say(
+                "all {count} images were read, and the least certain site still has a standard error of {error:.3g} source "
+                "sd; tolerance asked for {tolerance:g}.",
+                count=seen.samples,
+                error=widest(seen, held),
+                tolerance=tolerance,
+            ),
         )
 
     def _source_weight(self, site: Site, known: Moments, found: Observed, source: Profile | None) -> float:

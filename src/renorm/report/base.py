@@ -5,8 +5,9 @@ A face (terminal, JSON, HTML) knows these few types and no command; a command kn
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Tone = Literal["good", "doubt", "bad", "plain"]
@@ -51,7 +52,44 @@ class Table:
     note: str = ""
 
 
-Block = Words | Table
+@dataclass(frozen=True)
+class Picture:
+    """Numbers to be drawn; faces without pictures leave it out, so a table says what matters too.
+
+    `across` and `up` name the axes, `note` says how to read it.
+    """
+
+    title: str
+    across: str = ""
+    up: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars(Picture):
+    """One upright bar for each (name, value, tone), in the order given; `limits` are lines across at (value, tone)."""
+
+    items: tuple[tuple[str, float, Tone], ...]
+    limits: tuple[tuple[float, Tone], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heat(Picture):
+    """One strip for each (name, text, values): values from 0 to `top` as shades; the values are sorted, largest first."""
+
+    rows: tuple[tuple[str, str, tuple[float, ...]], ...]
+    top: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans(Picture):
+    """One point with its interval for each (name, text, value, low, high, tone), all on one scale: `full` where it ends."""
+
+    items: tuple[tuple[str, str, float, float, float, Tone], ...]
+    full: tuple[float, float] | None = None
+
+
+Block = Words | Table | Picture
 
 
 @dataclass(frozen=True)
@@ -59,7 +97,8 @@ class Report:
     """All that one run of a command says.
 
     `verdict` comes first and stands alone; `result` holds the numbers, in builtins only, under names that the JSON
-    schema fixes; `notes` say how model and data were read; `exit_code` is 0 when all is well, 1 when something was found.
+    schema fixes; `notes` say how model and data were read; `exit_code` is 0 when all is well, 1 when something was found;
+    `origin` says where it came from, as `provenance.provenance` does, for faces that are kept.
     """
 
     command: str
@@ -70,3 +109,9 @@ class Report:
     result: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     exit_code: int = 0
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def clean(text: str) -> str:
+    """`text` without control characters, so that a name in a file can neither steer a terminal nor turn a page around."""
+    return "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "�" for c in text)

@@ -9,12 +9,23 @@ from math import exp
 from typing import Any
 
 from renorm.doctor import Diagnosis
-from renorm.report.base import Bar, Block, Table, Told, Tone, Words
+from renorm.report import shifts
+from renorm.report.base import Bar, Block, Picture, Table, Told, Tone, Words
+from renorm.report.shifts import name
 from renorm.rules.base import Finding, catalogue
 from renorm.rules.data_shift import DataShift
+from renorm.said import Said, follow, listed, many, say
 
 TONES: Mapping[str, Tone] = {"error": "bad", "warning": "doubt", "info": "plain"}
 ROWS = 10  # sites in a table: the worst, and it still fits one screen
+FIT: Mapping[Tone, Said] = {"bad": say("far"), "doubt": say("off"), "good": say("fits")}
+KINDS: Mapping[str, Said] = {
+    "batch": say("batch"),
+    "layer": say("layer"),
+    "group": say("group"),
+    "instance": say("instance"),
+    "rms": say("RMS"),
+}
 
 
 def verdict(diagnosis: Diagnosis) -> Words:
@@ -24,40 +35,71 @@ def verdict(diagnosis: Diagnosis) -> Words:
         return _about(diagnosis.findings)[0]
     if not batch:
         others = Counter(site.kind for site in diagnosis.sites)
-        found = ", ".join(_many(count, f"{kind} norm") for kind, count in others.items()) or "none of any kind"
+        counted = [many(n, "{count} {kind} norm", "{count} {kind} norms", kind=KINDS[k]) for k, n in others.items()]
         return Words(
-            f"Norm layers found: {found}. None of them carries statistics of the data it was trained on, so none can "
-            "disagree with yours.",
+            say(
+                "Norm layers found: {found}. None of them carries statistics of the data it was trained on, so none can "
+                "disagree with yours.",
+                found=listed(counted) if counted else say("none of any kind"),
+            ),
             "good",
-            "This model has no batch norm",
+            say("This model has no batch norm"),
         )
     if not diagnosis.samples:
         return Words(
-            f"{_many(batch, 'batch norm')}, all with sound statistics. Whether they fit your data, only your data can tell: "
-            "renorm doctor MODEL DATA.",
+            many(
+                batch,
+                "{count:,} batch norm, all with sound statistics. Whether they fit your data, only your data can tell: "
+                "renorm doctor MODEL DATA.",
+                "{count:,} batch norms, all with sound statistics. Whether they fit your data, only your data can tell: "
+                "renorm doctor MODEL DATA.",
+            ),
             "good",
-            "The model alone shows nothing wrong",
+            say("The model alone shows nothing wrong"),
         )
     site, far = next(iter(diagnosis.distances.items()), ("", 0.0))
     return Words(
-        f"The batch norm farthest from what it expects, {_name(site)}, is {far:.2f} source standard deviations away over "
-        f"{_many(diagnosis.samples, 'sample')}; up to {DataShift.limit:.2g} is what models show on fresh data of their own "
-        "kind. There is no shift to mend here. Whether the model knows what is in the data, only labels tell: renorm evaluate.",
+        say(
+            "The batch norm farthest from what it expects, {site}, is {far:.2f} source standard deviations away over "
+            "{samples}; up to {limit:.2g} is what models show on fresh data of their own kind. There is no shift to mend "
+            "here. Whether the model knows what is in the data, only labels tell: renorm evaluate.",
+            site=name(site),
+            far=far,
+            samples=many(diagnosis.samples, "{count:,} sample", "{count:,} samples"),
+            limit=DataShift.limit,
+        ),
         "good",
-        "The values in these data are as the model expects them",
+        say("The values in these data are as the model expects them"),
     )
 
 
 def blocks(diagnosis: Diagnosis, *, rows: int = ROWS) -> tuple[Block, ...]:
     """What follows the verdict: the other findings, then the sites, worst first."""
     parts: list[Block] = list(_about(diagnosis.findings)[1:])
+    parts += pictures(diagnosis)
     if diagnosis.distances:
         parts.append(_table(diagnosis, rows))
     if diagnosis.unvisited:
-        names = ", ".join(map(_name, diagnosis.unvisited[:ROWS]))
-        more = "" if len(diagnosis.unvisited) <= ROWS else f" and {len(diagnosis.unvisited) - ROWS} more"
-        parts.append(Words(f"No batch reached {names}{more}; nothing can be said of them.", "plain", "Not looked at"))
+        names = listed(map(name, diagnosis.unvisited[:ROWS]))
+        more = max(0, len(diagnosis.unvisited) - ROWS)
+        text = (
+            say("No batch reached {names} and {more} more; nothing can be said of them.", names=names, more=more)
+            if more
+            else say("No batch reached {names}; nothing can be said of them.", names=names)
+        )
+        parts.append(Words(text, "plain", say("Not looked at")))
     return tuple(parts)
+
+
+def pictures(diagnosis: Diagnosis) -> tuple[Picture, ...]:
+    """Shift per layer, and per channel of the worst; none without data."""
+    return shifts.pictures(
+        diagnosis.distances,
+        diagnosis.shifts,
+        order=[site.name for site in diagnosis.sites],
+        title=say("How far each layer is from what it expects"),
+        tones=_tones(diagnosis),
+    )
 
 
 def result(diagnosis: Diagnosis) -> dict[str, Any]:
@@ -83,48 +125,60 @@ def _about(findings: Iterable[Finding]) -> list[Words]:
     said = []
     for rule, group in groupby(ranked, key=lambda finding: finding.rule):
         first, *rest = group
-        more = f", and {_many(len(rest), 'other site')}" if rest else ""
-        limit = f" (limit {first.limit:.2g})" if first.limit else ""
-        place = f"{'Worst at' if first.limit else 'At'} {_name(first.site)}"
-        numbers = f"{place}: {first.value:.2g} {first.unit}{limit}{more}."
-        title = f"{catalogue()[rule].title[:1].upper()}{catalogue()[rule].title[1:]} [{rule}]"
-        said.append(Words(f"{first.message} {numbers}\nTo do: {first.advice}", TONES[first.severity], title))
+        title = catalogue()[rule].title
+        named = title.capitalised() if isinstance(title, Said) else title[:1].upper() + title[1:]
+        text = say("{what}\nTo do: {advice}", what=follow(first.message, _where(first, len(rest))), advice=first.advice)
+        said.append(Words(text, TONES[first.severity], say("{title} [{rule}]", title=named, rule=rule)))
     return said
+
+
+def _where(first: Finding, others: int) -> Said:
+    values = {"site": name(first.site), "value": first.value, "unit": first.unit}
+    if first.limit:
+        said = say("Worst at {site}: {value:.2g} {unit} (limit {limit:.2g})", limit=first.limit, **values)
+    else:
+        said = say("At {site}: {value:.2g} {unit}", **values)
+    if others:
+        return many(others, "{where}, and {count:,} other site.", "{where}, and {count:,} other sites.", where=said)
+    return say("{where}.", where=said)
+
+
+def _tones(diagnosis: Diagnosis) -> dict[str, Tone]:
+    """What each site's distance means, as the rule judged it."""
+    judged = {f.site: TONES[f.severity] for f in diagnosis.findings if f.rule == DataShift.id}
+    return {site: judged.get(site, "good") for site in diagnosis.distances}
 
 
 def _table(diagnosis: Diagnosis, rows: int) -> Table:
     longest = max(diagnosis.distances.values()) or 1.0
+    tones = _tones(diagnosis)
     drawn = []
     for site, distance in list(diagnosis.distances.items())[:rows]:
         shift = diagnosis.shifts[site]
         spread = exp(float(shift.log_sd_ratio.mean()))
-        tone: Tone = "bad" if distance > DataShift.error else "doubt" if distance > DataShift.limit else "good"
-        word = {"bad": "far", "doubt": "off", "good": "fits"}[tone]
+        felt = tones[site]
         bar = Bar(distance / longest, f"{distance:.2f}")
-        drawn.append((_name(site), bar, f"{shift.layer.mean_gap:.2f}", f"× {spread:.2f}", Told(word, tone)))
+        drawn.append((name(site), bar, f"{shift.layer.mean_gap:.2f}", f"× {spread:.2f}", Told(FIT[felt], felt)))
     hidden = len(diagnosis.distances) - len(drawn)
-    more = (
-        f" {_many(hidden, 'site')} nearer than these: --top {len(diagnosis.distances)}, or --format json."
-        if hidden
-        else ""
+    note = say(
+        "Distance and mean in source standard deviations, averaged over channels; spread as a multiple of the source's."
     )
+    if hidden:
+        more = many(
+            hidden,
+            "{count:,} site nearer than these: --top {all}, or --format json.",
+            "{count:,} sites nearer than these: --top {all}, or --format json.",
+            all=len(diagnosis.distances),
+        )
+        note = follow(note, more)
     return Table(
-        "How far the data lie from what each batch norm expects, worst first",
-        ("site", "distance", "mean", "spread", ""),
+        say("How far the data lie from what each batch norm expects, worst first"),
+        (say("site"), say("distance"), say("mean"), say("spread"), ""),
         tuple(drawn),
-        note="Distance and mean in source standard deviations, averaged over channels; spread as a multiple of the "
-        f"source's.{more}",
+        note=note,
     )
 
 
 def _plain(finding: Finding) -> dict[str, Any]:
     names = ("rule", "site", "severity", "value", "unit", "limit", "message", "advice")
     return {name: getattr(finding, name) for name in names}
-
-
-def _name(site: str) -> str:
-    return site or "the model itself"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

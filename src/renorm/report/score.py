@@ -2,24 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isnan
 from typing import Any
 
 from renorm.evaluate import Score
-from renorm.report.base import Words
+from renorm.report.base import Block, Spans, Tone, Words
+from renorm.said import Said, follow, many, say
 
 SHARES = ("accuracy", "balanced_accuracy", "top5", "f1", "auroc", "ece")  # read as percentages
+METRICS: Mapping[str, Said] = {
+    "accuracy": say("accuracy"),
+    "balanced_accuracy": say("balanced accuracy"),
+    "top5": say("top5"),
+    "f1": say("f1"),
+    "auroc": say("auroc"),
+    "nll": say("nll"),
+    "ece": say("ece"),
+    "mse": say("mse"),
+    "mae": say("mae"),
+}
 
 
 def verdict(score: Score) -> Words:
     """The score, how far to believe it, and whether the model's own probabilities mean what they say."""
-    name = score.metric.replace("_", " ").capitalize()
-    text = f"95 % interval {interval(score)}, from {score.count:,} samples."
+    text = say(
+        "95 % interval {interval}, from {samples}.",
+        interval=interval(score),
+        samples=many(score.count, "{count:,} sample", "{count:,} samples"),
+    )
     if not isnan(score.ece):
-        text += (
-            f" Its probabilities are off by {100 * score.ece:.1f} points on average (ECE); NLL {score.nll:.3g} nats."
+        honest = say(
+            "Its probabilities are off by {ece:.1f} points on average (ECE); NLL {nll:.3g} nats.",
+            ece=100 * score.ece,
+            nll=score.nll,
         )
-    return Words(text, "plain", f"{name}: {value(score)}")
+        text = follow(text, honest)
+    return Words(text, "plain", say("{metric}: {value}", metric=metric(score, heading=True), value=value(score)))
+
+
+def blocks(score: Score) -> tuple[Block, ...]:
+    """A picture of the interval, where there is one."""
+    return spans(say("The score and its 95 % interval"), {metric(score, heading=True): (score, "plain")})
+
+
+def spans(title: Said, scores: Mapping[str, tuple[Score, Tone]]) -> tuple[Block, ...]:
+    """Scores of one metric with their intervals on one scale; nothing where an interval is unknown."""
+    if any(isnan(bound) for score, _ in scores.values() for bound in score.interval):
+        return ()
+    some = next(score for score, _ in scores.values())
+    times = 100 if some.metric in SHARES else 1
+    drawn = tuple(
+        (label, value(score), times * score.value, times * score.interval[0], times * score.interval[1], tone)
+        for label, (score, tone) in scores.items()
+    )
+    unit = say("{metric}, %", metric=metric(some)) if times == 100 else metric(some)
+    note = say(
+        "The dot is what was measured; the line is the 95 % interval: what more data of the same kind could give."
+    )
+    return (Spans(title, items=drawn, full=(0, 100) if times == 100 else None, across=unit, note=note),)
+
+
+def metric(score: Score, *, heading: bool = False) -> str:
+    """The metric's name as readers know it; a function's own name as it is."""
+    known = METRICS.get(score.metric)
+    if known is None:
+        spaced = score.metric.replace("_", " ")
+        return spaced.capitalize() if heading else spaced
+    return known.capitalised() if heading else known
 
 
 def value(score: Score) -> str:
@@ -27,14 +77,14 @@ def value(score: Score) -> str:
     return shown(score.value, score.metric)
 
 
-def interval(score: Score) -> str:
+def interval(score: Score) -> Said:
     """The 95 % interval, "79.1 to 86.6 %"."""
     low, high = score.interval
     if isnan(low) or isnan(high):
-        return "unknown"
+        return say("unknown")
     if score.metric in SHARES:
-        return f"{100 * low:.1f} to {100 * high:.1f} %"
-    return f"{low:.4g} to {high:.4g}"
+        return say("{low:.1f} to {high:.1f} %", low=100 * low, high=100 * high)
+    return say("{low:.4g} to {high:.4g}", low=low, high=high)
 
 
 def shown(number: float, metric: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import TYPE_CHECKING, TextIO
 
-from renorm.report.base import Bar, Block, Cell, Report, Table, Told, Tone, Words
+from renorm.report.base import Bar, Cell, Picture, Report, Table, Told, Tone, Words, clean
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -25,6 +24,8 @@ def show(report: Report, file: TextIO) -> None:
         subject = " · ".join(part for part in (report.model, report.data) if part)
         console.print(_joined((f"renorm {report.command}", "bold"), (f"  {subject}", "dim")), soft_wrap=True)
         for block in (report.verdict, *report.blocks):
+            if isinstance(block, Picture):
+                continue
             console.print()
             for renderable in _rendered(block, console):
                 console.print(renderable)
@@ -44,11 +45,6 @@ def console_for(file: TextIO) -> Console:
     return console
 
 
-def clean(text: str) -> str:
-    """`text` without control characters, so that a name in a file cannot steer the terminal."""
-    return "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "�" for c in text)
-
-
 def _text(text: str, style: str = "") -> Text:
     return _joined((text, style))
 
@@ -59,7 +55,7 @@ def _joined(*parts: tuple[str, str]) -> Text:
     return Text.assemble(*((clean(text), style) for text, style in parts))
 
 
-def _rendered(block: Block, console: Console) -> list[RenderableType]:
+def _rendered(block: Words | Table, console: Console) -> list[RenderableType]:
     if isinstance(block, Table):
         return _table(block, console)
     return [_words(block)]
@@ -73,7 +69,7 @@ def _words(block: Words) -> RenderableType:
         return Padding(_text(block.text), (0, 0, 0, 2))
     grid = Grid.grid(padding=(0, 1))
     grid.add_column(width=1)
-    grid.add_column()
+    grid.add_column(overflow="fold")  # Chinese has no spaces to break at
     said = _joined((block.title, "bold"), ("\n" if block.title and block.text else "", ""), (block.text, ""))
     grid.add_row(_text(MARK[block.tone], f"bold {STYLE[block.tone]}".strip()), said)
     return grid
@@ -85,7 +81,7 @@ def _notes(notes: tuple[str, ...]) -> RenderableType:
 
     grid = Grid.grid(padding=(0, 1))
     grid.add_column(width=1, style="dim")
-    grid.add_column(style="dim")
+    grid.add_column(style="dim", overflow="fold")
     for note in notes:
         grid.add_row("·", _text(note))
     return Padding(grid, (0, 0, 0, 2))

@@ -8,6 +8,7 @@ from math import expm1, sqrt
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
+from renorm.said import follow, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class DataShift(Rule):
     """
 
     id: ClassVar[str] = "BN302"
-    title: ClassVar[str] = "data shift"
+    title: ClassVar[str] = say("data shift")
     needs: ClassVar[tuple[str, ...]] = ("distances",)
 
     # Source standard deviations, mean over channels. On data of their own kind (16 to 2,000 images) the worst sites of
@@ -42,22 +43,24 @@ class DataShift(Rule):
                     site=name,
                     severity="error" if value > max(self.error, own) else "warning",
                     value=value,
-                    unit="source sd",
+                    unit=say("source sd"),
                     limit=limit,
-                    message="What these data send into the layer is not what it was trained on, yet it still subtracts the "
-                    "mean and divides by the spread of the old data.",
+                    message=say(
+                        "What these data send into the layer is not what it was trained on, yet it still subtracts the "
+                        "mean and divides by the spread of the old data."
+                    ),
                     advice=self._advice(facts, worst),
                 )
 
     @staticmethod
     def _advice(facts: Facts, worst: str | None) -> str:
-        mend = (
+        mend = say(
             "Recalibrate, and keep the result only if it holds up: renorm recalibrate MODEL DATA --check DATA -o OUT "
             "(recalibrate_ with check=)."
         )
         if worst == next(iter(facts.distances), None):
-            return (
-                "It is worst at the first layer, so look at the preprocessing first (scale, mean, channel order). "
-                + mend
+            first = say(
+                "It is worst at the first layer, so look at the preprocessing first (scale, mean, channel order)."
             )
+            return follow(first, mend)
         return mend

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
+from renorm.said import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class Functional(Rule):
     """A forward pass that calls `F.batch_norm` with statistics of no layer has batch norms that no tool can find or mend."""
 
     id: ClassVar[str] = "BN312"
-    title: ClassVar[str] = "batch norm out of reach"
+    title: ClassVar[str] = say("batch norm out of reach")
     needs: ClassVar[tuple[str, ...]] = ("observed",)
 
     def check(self, facts: Facts) -> Iterator[Finding]:
@@ -25,9 +26,11 @@ class Functional(Rule):
                 site="",
                 severity="info",
                 value=float(calls),
-                unit="calls of F.batch_norm in one forward pass",
+                unit=say("calls of F.batch_norm in one forward pass"),
                 limit=0.0,
-                message="The model calls batch norm as a function, with statistics that belong to no layer: these places "
-                "can be neither measured nor recalibrated.",
-                advice="Put a torch.nn.BatchNorm layer in their place; the same statistics and weights fit it.",
+                message=say(
+                    "The model calls batch norm as a function, with statistics that belong to no layer: these places "
+                    "can be neither measured nor recalibrated."
+                ),
+                advice=say("Put a torch.nn.BatchNorm layer in their place; the same statistics and weights fit it."),
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from renorm.rules.base import Facts, Finding, Rule
+from renorm.said import say
 from renorm.sites import Site
 
 
@@ -21,7 +22,7 @@ class NeverCalibrated(Rule):
     """
 
     id: ClassVar[str] = "BN105"
-    title: ClassVar[str] = "statistics never estimated"
+    title: ClassVar[str] = say("statistics never estimated")
     needs: ClassVar[tuple[str, ...]] = ("held", "new")
 
     def check(self, facts: Facts) -> Iterator[Finding]:
@@ -39,11 +40,13 @@ class NeverCalibrated(Rule):
             site=new[0].name,
             severity="info",
             value=float(len(new)),
-            unit="layers at their initial values",
+            unit=say("layers at their initial values"),
             limit=0.0,
-            message="Every batch norm still has the values it was created with: this model was never trained, or no "
-            "checkpoint was loaded.",
-            advice="Load trained weights (--checkpoint FILE).",
+            message=say(
+                "Every batch norm still has the values it was created with: this model was never trained, or no "
+                "checkpoint was loaded."
+            ),
+            advice=say("Load trained weights (--checkpoint FILE)."),
         )
 
     def _lost(self, site: Site) -> Finding:
@@ -53,12 +56,16 @@ class NeverCalibrated(Rule):
             site=site.name,
             severity="error" if trained else "warning",
             value=1.0,
-            unit="layers at their initial values",
+            unit=say("layers at their initial values"),
             limit=0.0,
-            message="The statistics still have their initial values (mean 0, variance 1) "
-            + ("though the layer's weights were trained" if trained else "though other layers have theirs")
-            + ": the checkpoint was saved or loaded without buffers, or training never reached this layer.",
-            advice="Load a checkpoint with running_mean and running_var, or estimate them with recalibrate.",
+            message=say(
+                "The statistics still have their initial values (mean 0, variance 1) {though}: the checkpoint was saved or "
+                "loaded without buffers, or training never reached this layer.",
+                though=say("though the layer's weights were trained")
+                if trained
+                else say("though other layers have theirs"),
+            ),
+            advice=say("Load a checkpoint with running_mean and running_var, or estimate them with recalibrate."),
         )
 
 

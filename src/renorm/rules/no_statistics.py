@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
+from renorm.said import say
 from renorm.sites import is_lazy
 
 
@@ -15,7 +16,7 @@ class NoStatistics(Rule):
     """A batch norm that holds no statistics normalises every batch by itself, in evaluation too."""
 
     id: ClassVar[str] = "BN104"
-    title: ClassVar[str] = "no statistics"
+    title: ClassVar[str] = say("no statistics")
     needs: ClassVar[tuple[str, ...]] = ("batch",)
 
     def check(self, facts: Facts) -> Iterator[Finding]:
@@ -26,9 +27,13 @@ class NoStatistics(Rule):
                     site=site.name,
                     severity="warning",
                     value=1.0,
-                    unit="layers without statistics",
+                    unit=say("layers without statistics"),
                     limit=0.0,
-                    message="This layer keeps no running statistics: it normalises each batch by itself, so what the "
-                    "model says of a sample depends on the samples beside it.",
-                    advice="Build the model with track_running_stats=True and estimate the statistics with recalibrate.",
+                    message=say(
+                        "This layer keeps no running statistics: it normalises each batch by itself, so what the "
+                        "model says of a sample depends on the samples beside it."
+                    ),
+                    advice=say(
+                        "Build the model with track_running_stats=True and estimate the statistics with recalibrate."
+                    ),
                 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
+from renorm.said import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class NonFinite(Rule):
     """A mean or variance that is NaN, infinite or (the variance) negative makes every output of its channel worthless."""
 
     id: ClassVar[str] = "BN108"
-    title: ClassVar[str] = "impossible statistics"
+    title: ClassVar[str] = say("impossible statistics")
     needs: ClassVar[tuple[str, ...]] = ("held",)
 
     def check(self, facts: Facts) -> Iterator[Finding]:
@@ -26,9 +27,13 @@ class NonFinite(Rule):
                     site=name,
                     severity="error",
                     value=float(bad.sum()),
-                    unit="channels",
+                    unit=say("channels"),
                     limit=0.0,
-                    message="The statistics hold values that are not finite, or a negative variance: one bad batch in "
-                    "training is enough, and no later batch heals it.",
-                    advice="Go back to a checkpoint from before, or estimate the statistics anew with recalibrate, prior 0.",
+                    message=say(
+                        "The statistics hold values that are not finite, or a negative variance: one bad batch in "
+                        "training is enough, and no later batch heals it."
+                    ),
+                    advice=say(
+                        "Go back to a checkpoint from before, or estimate the statistics anew with recalibrate, prior 0."
+                    ),
                 )
