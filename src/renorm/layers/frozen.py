@@ -1,0 +1,31 @@
+"""Batch norm that never normalises by the batch and whose statistics never move."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from renorm.layers.base import Tracking
+
+
+class Frozen(Tracking):
+    """In training as in evaluation, `(x − running mean) / sqrt(running var + ε) · weight + bias`; nothing moves.
+
+    `train_affine=True` lets weight and bias train. They are parameters either way, so that keys and optimizers stay as
+    they are; statistics and affine are told apart, which `requires_grad=False` and `eval()` on a batch norm do not do.
+    """
+
+    name: ClassVar[str] = "frozen"
+    options: ClassVar[tuple[str, ...]] = ("train_affine",)
+    needs_two_values: ClassVar[bool] = False
+
+    def __init__(self, num_features: int, *, train_affine: bool = False, **common: Any) -> None:
+        super().__init__(num_features, **common)
+        self.train_affine = train_affine
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(train_affine)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return self._by_held(x)
