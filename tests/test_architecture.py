@@ -46,9 +46,9 @@ EXTRAS = {
 HEAVY = {"sklearn", "scipy", "torchmetrics", "rich", "jsonargparse", "jinja2", "yaml"}
 
 PUBLIC = (
-    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify"),
+    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify", "convert_"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
-    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap"),
+    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
     *(
         "freeze_",
         "unfreeze_",

@@ -30,6 +30,6 @@ def stub(package: str, interface: type[Member], *besides: str) -> str:
     `besides` are dotted names of further things that the package offers.
     """
     offered = [f"{member.__module__}.{member.__name__}" for member in members(package, interface).values()]
-    parts = [name.rpartition(".") for name in (*offered, *besides)]
-    lines = sorted(f"from {module} import {name} as {name}" for module, _, name in parts)
+    parts = sorted((name.rpartition(".") for name in (*offered, *besides)), key=lambda part: (part[0], part[2].lower()))
+    lines = [f"from {module} import {name} as {name}" for module, _, name in parts]
     return "\n".join(["# written by `make stubs`; a test compares it with the folder", *lines, ""])

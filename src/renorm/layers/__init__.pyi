@@ -1,6 +1,6 @@
 # written by `make stubs`; a test compares it with the folder
-from renorm.layers.batch import BNLayer as BNLayer
 from renorm.layers.batch import BatchNorm as BatchNorm
+from renorm.layers.batch import BNLayer as BNLayer
 from renorm.layers.batch_renorm import BatchRenorm as BatchRenorm
 from renorm.layers.blended import Blended as Blended
 from renorm.layers.frozen import Frozen as Frozen

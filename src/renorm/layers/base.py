@@ -34,11 +34,16 @@ class Layer(nn.Module, ABC):
     options: ClassVar[tuple[str, ...]] = ()  # attributes that its text form shows
 
     site: str = ""  # the dotted name of its place, once `convert_` has put it there
+    origin: type[nn.Module] | None = None  # torch's class that stood there before, if it was one
     act: Any
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """The normalised `x`, of the same shape."""
+
+    @abstractmethod
+    def take_(self, held: BatchNormTensors) -> None:
+        """Hold the tensors of a batch norm, themselves where this layer has the like."""
 
     def _set_act(self, act: Act) -> None:
         if isinstance(act, str):
@@ -60,6 +65,16 @@ class Layer(nn.Module, ABC):
     def extra_repr(self) -> str:
         own = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
         return super().extra_repr() + (f", {own}" if own else "")
+
+
+class BatchNormTensors(NamedTuple):
+    """What a batch norm consists of. Shapes: (C,), tracked ()."""
+
+    mean: Tensor
+    var: Tensor
+    tracked: Tensor
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
 
 class Tracking(Layer, _NormBase):
@@ -120,9 +135,14 @@ class Tracking(Layer, _NormBase):
         """`x` normalised by the running statistics, as a batch norm does in evaluation. Shapes: x (N, C, *)."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
-    def plain(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Mean, variance, weight and bias of the batch norm that, in evaluation, gives what this layer gives."""
-        return self.running_mean, self.running_var, self.weight, self.bias
+    def plain(self) -> BatchNormTensors:
+        """The batch norm that, in evaluation, gives what this layer gives, or comes nearest to it."""
+        return BatchNormTensors(self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias)
+
+    def take_(self, held: BatchNormTensors) -> None:
+        self.running_mean, self.running_var, self.num_batches_tracked = held.mean, held.var, held.tracked
+        for name in ("weight", "bias"):
+            setattr(self, name, getattr(held, name))
 
     def _scale(self, var: Tensor, weight: Tensor | None) -> Tensor:
         scale = torch.rsqrt(var + self.eps)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from renorm.layers.base import Tracking
+from renorm.layers.base import BatchNormTensors, Tracking
 
 
 class Frozen(Tracking):
@@ -23,9 +23,15 @@ class Frozen(Tracking):
     def __init__(self, num_features: int, *, train_affine: bool = False, **common: Any) -> None:
         super().__init__(num_features, **common)
         self.train_affine = train_affine
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.requires_grad_(train_affine)
+        self._set_flags()
+
+    def take_(self, held: BatchNormTensors) -> None:
+        super().take_(held)
+        self._set_flags()
+
+    def _set_flags(self) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad_(self.train_affine)
 
     def _normalised(self, x: Tensor) -> Tensor:
         return self._by_held(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from renorm.errors import BatchError, UnknownName, UsageError
 from renorm.kernels import by_image, from_images, normalised, pooled, recomputing
-from renorm.layers.base import Tracking
+from renorm.layers.base import BatchNormTensors, Tracking
 
 Ids = Tensor | Sequence[int] | Sequence[str]
 
@@ -62,6 +62,17 @@ class Sets(Tracking):
         if row == 0:
             return self.running_mean, self.running_var
         return self.extra.mean[row - 1], self.extra.var[row - 1]
+
+    def take_(self, held: BatchNormTensors) -> None:
+        super().take_(held)
+        with torch.no_grad():
+            for part, tensor in self._parts():
+                source = getattr(self, OWN.get(part, part))
+                if source is None:
+                    setattr(self.extra, part, None)
+                else:
+                    tensor.copy_(source)
+                    tensor.requires_grad_(source.requires_grad)
 
     def forward(self, x: Tensor, ids: Ids | None = None) -> Tensor:
         values = self._first(x)
@@ -154,6 +165,9 @@ class Sets(Tracking):
             self.num_batches_tracked.copy_(tracked[0])
             self.extra.tracked.copy_(tracked[1:])
 
+    def _parts(self) -> list[tuple[str, Tensor]]:
+        return [*self.extra.named_buffers(), *self.extra.named_parameters()]
+
     def _row(self, domain: str | int) -> int:
         names = self._sets
         if isinstance(domain, int) and 0 <= domain < len(names):
@@ -165,7 +179,7 @@ class Sets(Tracking):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if not any(key.startswith(f"{prefix}extra.") for key in state_dict):
             rows = len(self._sets) - 1
-            for name, tensor in (*self.extra.named_buffers(), *self.extra.named_parameters()):
+            for name, tensor in self._parts():
                 source = state_dict.get(prefix + OWN.get(name, name))
                 if source is None and name == "tracked":
                     source = (
@@ -239,6 +253,19 @@ class PerDomain(Sets):
         del self._sets[row]
         self._write_rows(rows)
 
+    def plain(self, domain: str | int | None = None) -> BatchNormTensors:
+        """The batch norm that one domain has; with several it must be named."""
+        if domain is None and len(self._sets) > 1:
+            raise UsageError(
+                f"{self.where} holds {len(self._sets)} domains ({', '.join(self._sets)}), and one batch norm was asked for; "
+                "say which it is to be with domain=."
+            )
+        if domain is None or not self._row(domain):
+            return super().plain()
+        held = self.domain(domain)
+        affine = [nn.Parameter(held[part]) if part in held else None for part in ("weight", "bias")]
+        return BatchNormTensors(held["mean"], held["var"], held["tracked"], *affine)
+
     def domain(self, name: str | int) -> dict[str, Tensor]:
         """Copies of one domain's tensors: mean, var and tracked, weight and bias unless there are none."""
         row = self._row(name)
@@ -252,9 +279,6 @@ class PerDomain(Sets):
         with torch.no_grad():
             for part, tensor in self._parts():
                 (tensor[row - 1] if row else getattr(self, OWN.get(part, part))).copy_(tensors[part])
-
-    def _parts(self) -> list[tuple[str, Tensor]]:
-        return [*self.extra.named_buffers(), *self.extra.named_parameters()]
 
     def _write_rows(self, rows: Mapping[str, Tensor]) -> None:
         for part, tensor in self._parts():

@@ -21,10 +21,9 @@ class Shrink(Mixing):
     geometrically. It is the estimator of `recalibrate_(prior="auto")`, batch by batch: a single image is normalised by what
     is held alone, hundreds of them mostly by their own moments.
 
-    Statistics move in training, as batch norm's do, and never in evaluation. While they are young, in training, they count in
-    proportion to how much of them is data: w is multiplied by `1 − (1 − momentum)^batches`.
+    Statistics move in training, as batch norm's do, and never in evaluation. The weight is constant for gradients, which flow
+    through the batch's part of the moments.
 
-    The weight is constant for gradients, which flow through the batch's part of the moments.
     Raises UsageError for a `floor` outside [0, 1] or a negative `noise`.
     """
 
@@ -49,10 +48,6 @@ class Shrink(Mixing):
     def _normalised(self, x: Tensor) -> Tensor:
         held = self._held(x)
         share = self.source_share(x, held.mean, held.var)
-        if self.training:
-            # cumulative averages are data from the first batch on
-            forgotten = 0.0 if self.momentum is None else 1 - self.momentum
-            share = share * (1 - torch.pow(forgotten, held.batches.to(share.dtype)))
 
         def rule(
             mean: Tensor, var: Tensor, held_mean: Tensor, held_var: Tensor, share: Tensor, weight: Any, bias: Any
@@ -68,7 +63,7 @@ class Shrink(Mixing):
         return y
 
     def source_share(self, x: Tensor, held_mean: Tensor, held_var: Tensor) -> Tensor:
-        """The share of what is held for this batch, before youth is counted: a number in [floor, 1], 1 for a single image.
+        """The share of what is held for this batch: a number in [floor, 1], 1 for a single image.
 
         Channels that are not finite in the batch are left out. Shapes: x (N, C, *), the statistics (C,).
         """
