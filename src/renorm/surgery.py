@@ -201,10 +201,9 @@ def _made(place: Place, kind: type[Layer], options: Mapping[str, Any], held: Bat
         ):
             setattr(new, key, tensor)
     else:
-        accepted = inspect.signature(kind).parameters
         common |= {"act": act, "axis": place.axis}
-        if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-            common = {key: value for key, value in common.items() if key in accepted}
+        if not issubclass(kind, Tracking):
+            common.pop("momentum", None)
         new = kind(held.mean.numel(), **common, **options)
         new.take_(held)
         new.site, new.origin = place.name, origin

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from renorm.errors import UsageError
+from renorm.errors import BatchError, UsageError
 from renorm.layers.base import catalogue
 from renorm.moments import Observed
 from renorm.recalibrate import recalibrate_
@@ -159,3 +159,129 @@ def test_stochastic(shape: tuple[int, ...], p: float) -> None:
 def test_an_option_out_of_its_bounds_is_refused(name: str, options: dict[str, Any], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         catalogue()[name](4, **options)
+
+
+@every_shape
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("k", [0.0, 0.5, 4.0])
+def test_instance_aware(shape: tuple[int, ...], mode: bool, k: float) -> None:
+    layer, x, held = made("instance_aware", shape, k=k)
+    if mode:
+        columns = twin.columns(x.numpy())
+        held["mean"], held["var"] = np.array([v.mean() for v in columns]), np.array([v.var() for v in columns])
+    got = layer.train(mode)(x)
+    if len(shape) == 2:
+        close(got, twin.by_moments(x.numpy(), **held))
+    else:
+        close(got, twin.instance_aware(x.numpy(), k=k, **held))
+
+
+def test_instance_aware_leaves_a_common_image_alone_and_corrects_an_odd_one() -> None:
+    layer = catalogue()["instance_aware"](4).eval()
+    common, odd = torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16) * 3 + 5
+    torch.testing.assert_close(layer(common), catalogue()["frozen"](4)(common), rtol=1e-4, atol=1e-4)
+    assert float(layer(odd).detach().mean().abs()) < 0.5
+
+
+@every_shape
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_ghost_batch_is_what_small_batches_in_turn_are(
+    shape: tuple[int, ...], size: int, momentum: float | None
+) -> None:
+    if size == 1 and len(shape) == 2:
+        pytest.skip("one value per channel")
+    layer, x, _ = made("ghost", shape, size=size, momentum=momentum)
+    norm = lived("batch", dtype=F64, momentum=momentum)
+    parts = list(x.split(size))
+    if len(parts) > 1 and len(parts[-1]) < size:  # the rest joins the last whole one
+        parts[-2:] = [torch.cat(parts[-2:])]
+    torch.testing.assert_close(layer(x), torch.cat([norm(part) for part in parts]))
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(layer, key), getattr(norm, key))
+
+
+def test_transferable_scales_by_its_twins_factor_and_evaluates_for_the_target() -> None:
+    layer, x, held = made("transferable", (8, 4, 5))
+    source, target = x[:4].numpy(), x[4:].numpy()
+    factor = twin.transferable_factor(source, target)
+    assert factor.mean() == pytest.approx(1)
+    assert factor.max() > factor.min()
+    weight, bias = held["weight"] * factor, held["bias"]
+    close(layer(x), np.concatenate([twin.batch(source, weight, bias), twin.batch(target, weight, bias)]))
+    ids = ["source", "target"] * 4
+    mixed = layer(torch.stack([x[i // 2 + 4 * (i % 2)] for i in range(8)]), ids)
+    torch.testing.assert_close(mixed[0::2], layer(x)[:4])
+    norm = nn.BatchNorm1d(4, dtype=F64).eval()
+    plain = layer.plain()
+    norm.load_state_dict(
+        dict(zip(("running_mean", "running_var", "num_batches_tracked", "weight", "bias"), plain, strict=True))
+    )
+    torch.testing.assert_close(layer.eval()(x), norm(x))
+    assert not torch.equal(plain.weight, layer.weight)
+
+
+def test_transferable_keeps_a_network_whose_domains_are_equal() -> None:
+    layer = catalogue()["transferable"](4)
+    x = images(4, 4, 3, 3)
+    torch.testing.assert_close(layer(torch.cat([x, x]))[:4], nn.BatchNorm2d(4)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_the_parts_of_a_split_batch_are_apart_and_evaluation_is_the_main_one(splits: int) -> None:
+    layer, x, held = made("split", (7, 4, 5), splits=splits)
+    groups = [i * splits // 7 for i in range(7)]
+    weight, bias = (torch.cat([getattr(layer, n)[None], getattr(layer.extra, n)]) for n in ("weight", "bias"))
+    close(layer(x), twin.per_domain(x.numpy(), groups, weight.detach().numpy(), bias.detach().numpy()))
+    torch.testing.assert_close(layer(x, groups), layer(x))
+    held = {**held, "mean": layer.running_mean.numpy(), "var": layer.running_var.numpy()}
+    close(layer.eval()(x), twin.by_moments(x.numpy(), **held))
+
+
+@pytest.mark.parametrize(("name", "groups"), [("group", 4), ("layer", 1), ("instance", 4)])
+def test_group_norms(name: str, groups: int) -> None:
+    layer = lived(name, dtype=F64)
+    x = images(3, 4, 2, 5, dtype=F64)
+    weight, bias = (p.detach().numpy() for p in (layer.weight, layer.bias))
+    for mode in (True, False):
+        close(layer.train(mode)(x), twin.group(x.numpy(), groups, weight, bias))
+
+
+@pytest.mark.parametrize("name", ["group", "layer", "instance"])
+@pytest.mark.parametrize("options", [{}, {"groups": 2}])
+def test_an_image_of_the_sources_statistics_comes_out_of_a_group_norm_as_before(
+    name: str, options: dict[str, int]
+) -> None:
+    if options and name != "group":
+        pytest.skip("has no such option")
+    norm = lived("batch", dtype=F64).eval()
+    x = torch.randn(1, 4, 9, 9, dtype=F64)
+    x = (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True, correction=0)
+    x = x * norm.running_var.sqrt().view(1, -1, 1, 1) + norm.running_mean.view(1, -1, 1, 1)
+    loaded, taken = (catalogue()[name](4, dtype=F64, **options) for _ in range(2))
+    loaded.load_state_dict(norm.state_dict())
+    taken.take_(norm.plain())
+    for layer in (loaded, taken):
+        torch.testing.assert_close(layer(x), norm(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "match"),
+    [
+        ("ghost", {"size": 0}, UsageError, "size is the number of images in a ghost batch, 1 or more; got 0"),
+        ("split", {"splits": 0}, UsageError, "splits is the number of parts of a batch, 1 or more; got 0"),
+        ("instance_aware", {"k": -1}, UsageError, "k is a number of standard errors, 0 or more; got -1"),
+        ("group", {"groups": 3}, UsageError, "groups must divide the channels, 4; got 3"),
+    ],
+)
+def test_more_options_out_of_their_bounds(
+    name: str, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        catalogue()[name](4, **options)
+
+
+@pytest.mark.parametrize("name", ["group", "layer", "instance"])
+def test_a_group_norm_refuses_another_width(name: str) -> None:
+    with pytest.raises(BatchError, match="has 4 channels along dimension 1 of its input, and was given the shape"):
+        catalogue()[name](4)(torch.zeros(2, 5, 3, 3))

@@ -132,10 +132,10 @@ def test_domains_are_added_copied_saved_and_dropped() -> None:
         (lambda layer: layer(images(3, 4)), UsageError, "has 2 domains and was not told which sample is of which"),
         (lambda layer: layer(images(3, 4), [0, 1]), BatchError, r"ids of shape \(2,\) and type torch\.int64 for 3 samples"),
         (lambda layer: layer(images(3, 4), torch.zeros(3)), BatchError, "type torch.float32 for 3 samples"),
-        (lambda layer: layer(images(3, 4), torch.tensor([0, 1, 2])), BatchError, "id 2; it has 2 domains, .* 0: day, night"),
-        (lambda layer: layer(images(3, 4), torch.tensor([0, 1, -1])), BatchError, "the domain id -1"),
+        (lambda layer: layer(images(3, 4), torch.tensor([0, 1, 2])), BatchError, "the id 2; it has 2 sets, .* 0: day, night"),
+        (lambda layer: layer(images(3, 4), torch.tensor([0, 1, -1])), BatchError, "the id -1"),
         (lambda layer: layer(images(3, 4), ["day", "day", "noon"]), UnknownName, "there is no set of PerDomain"),
-        (lambda layer: WithDomains(nn.Linear(3, 3)), UsageError, "Linear holds no PerDomain layer to tell domains to"),
+        (lambda layer: WithDomains(nn.Linear(3, 3)), UsageError, "Linear holds no layer to tell domains to"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(act: Any, error: type[Exception], match: str) -> None:

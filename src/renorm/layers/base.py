@@ -156,12 +156,15 @@ class Tracking(Layer, _NormBase):
                 f"{self.where} has {self.num_features} channels along dimension {self.axis} of its input, and was given "
                 f"the shape {tuple(x.shape)}."
             )
-        if self.training and self.needs_two_values and x.numel() <= self.num_features:
+        if self.training and self._refuses_one_value() and x.numel() <= self.num_features:
             raise BatchError(
                 f"{self.where} was given the shape {tuple(x.shape)} in training: one value per channel has no variance. "
                 "Use larger batches (`drop_last=True`), or freeze the layer."
             )
         return x if axis == 1 else x.movedim(axis, 1)
+
+    def _refuses_one_value(self) -> bool:
+        return self.needs_two_values
 
     def _finished(self, y: Tensor) -> Tensor:
         """The activated `y`, with its channels where those of the input were."""

@@ -43,6 +43,7 @@ class Sets(Tracking):
         super().__init__(num_features, **common)
         self._sets = list(sets)
         self.on_slot: Callable[[str, Tensor], None] | None = None
+        self.current: Domains | None = None
         self.extra = Extra()
         rows = len(sets) - 1
         self.extra.register_buffer("mean", self.running_mean.repeat(rows, 1))
@@ -79,8 +80,29 @@ class Sets(Tracking):
         return self._finished(self._normalised(values, ids))
 
     @abstractmethod
+    def _default(self, x: Tensor) -> Tensor:
+        """The set that each image is normalised by where nobody says it. Shapes: x (N, C, *) → (N,)."""
+
     def _groups(self, x: Tensor, ids: Ids | None) -> Tensor:
-        """The set that each image is normalised by. Shapes: x (N, C, *) → (N,)."""
+        if ids is None and self.current is not None:
+            ids = self.current.ids
+        return self._default(x) if ids is None else self._checked(ids, x)
+
+    def _checked(self, ids: Ids, x: Tensor) -> Tensor:
+        groups = ids if isinstance(ids, Tensor) else torch.tensor([self._row(name) for name in ids])
+        if groups.shape != x.shape[:1] or groups.is_floating_point() or groups.dtype == torch.bool:
+            raise BatchError(
+                f"{self.where} was given ids of shape {tuple(groups.shape)} and type {groups.dtype} for {x.shape[0]} samples; "
+                "it needs one whole number, or one name, per sample."
+            )
+        if not torch.compiler.is_compiling() and groups.numel():
+            least, most = int(groups.min()), int(groups.max())
+            if least < 0 or most >= len(self._sets):
+                raise BatchError(
+                    f"{self.where} was given the id {least if least < 0 else most}; it has {len(self._sets)} sets, "
+                    f"numbered from 0: {', '.join(self._sets)}."
+                )
+        return groups.to(device=x.device, dtype=torch.long)
 
     def _normalised(self, x: Tensor, ids: Ids | None = None) -> Tensor:
         groups = self._groups(x, ids)
@@ -216,7 +238,6 @@ class PerDomain(Sets):
         if not names or len(set(names)) < len(names):
             raise UsageError(f"domains is their number, 1 or more, or a list of distinct names; got {domains!r}.")
         super().__init__(num_features, names, **common)
-        self.current: Domains | None = None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -287,33 +308,13 @@ class PerDomain(Sets):
             else:
                 setattr(self.extra, part, rows[part])
 
-    def _groups(self, x: Tensor, ids: Ids | None) -> Tensor:
-        if ids is None and self.current is not None:
-            ids = self.current.ids
-        if ids is None:
-            if len(self._sets) > 1:
-                raise UsageError(
-                    f"{self.where} has {len(self._sets)} domains and was not told which sample is of which: call it with ids, "
-                    "or wrap the model in `renorm.layers.WithDomains`."
-                )
-            return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        return self._checked(ids, x)
-
-    def _checked(self, ids: Ids, x: Tensor) -> Tensor:
-        groups = ids if isinstance(ids, Tensor) else torch.tensor([self._row(name) for name in ids])
-        if groups.shape != x.shape[:1] or groups.is_floating_point() or groups.dtype == torch.bool:
-            raise BatchError(
-                f"{self.where} was given ids of shape {tuple(groups.shape)} and type {groups.dtype} for {x.shape[0]} samples; "
-                "it needs one whole number, or one name, per sample."
+    def _default(self, x: Tensor) -> Tensor:
+        if len(self._sets) > 1:
+            raise UsageError(
+                f"{self.where} has {len(self._sets)} domains and was not told which sample is of which: call it with ids, "
+                "or wrap the model in `renorm.layers.WithDomains`."
             )
-        if not torch.compiler.is_compiling() and groups.numel():
-            least, most = int(groups.min()), int(groups.max())
-            if least < 0 or most >= len(self._sets):
-                raise BatchError(
-                    f"{self.where} was given the domain id {least if least < 0 else most}; it has {len(self._sets)} domains, "
-                    f"numbered from 0: {', '.join(self._sets)}."
-                )
-        return groups.to(device=x.device, dtype=torch.long)
+        return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
 
 OWN = {"mean": "running_mean", "var": "running_var", "tracked": "num_batches_tracked"}
@@ -330,19 +331,19 @@ class Domains:
 
 
 class WithDomains(nn.Module):
-    """`model` with one argument more, `domains`: the domain of each sample, as its `PerDomain` layers take it.
+    """`model` with one argument more, `domains`: the domain of each sample, as its layers take `ids`.
 
-    Raises UsageError where the model holds no `PerDomain` layer.
+    Raises UsageError where the model holds no layer with several sets of statistics.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self._current = Domains()
-        layers = [module for module in model.modules() if isinstance(module, PerDomain)]
+        layers = [module for module in model.modules() if isinstance(module, Sets)]
         if not layers:
             raise UsageError(
-                f"{type(model).__name__} holds no PerDomain layer to tell domains to; "
+                f"{type(model).__name__} holds no layer to tell domains to; "
                 'make some with `convert_(model, to="per_domain", domains=…)`.'
             )
         for layer in layers:
