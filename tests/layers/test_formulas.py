@@ -92,6 +92,12 @@ def test_shrink_holds_what_recalibrating_with_prior_auto_would(shape: tuple[int,
     torch.testing.assert_close(layer.eval()(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_in_bfloat16_shrink_finds_nearly_the_same_share() -> None:
+    layer, x = lived("shrink"), images(16, 4, 9, 9, at=3.0)
+    share, rough = (float(layer.source_share(v, layer.running_mean, layer.running_var)) for v in (x, x.bfloat16()))
+    assert rough == pytest.approx(share, rel=0.02)
+
+
 def test_shrink_trusts_more_images_more_and_one_not_at_all() -> None:
     layer = lived("shrink").eval()
     x = images(256, 4, 3, 3)

@@ -135,6 +135,14 @@ class Tracking(Layer, _NormBase):
         """`x` normalised by the running statistics, as a batch norm does in evaluation. Shapes: x (N, C, *)."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
+    def _by_batch(self, x: Tensor) -> Tensor:
+        """`x` normalised by its own moments, which move the statistics, as in a batch norm in training. Shapes: x (N, C, *)."""
+        # The kernel leaves mean and unbiased variance in its buffers: scratch, so that they can be looked at before they count.
+        mean, unbiased = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        y = F.batch_norm(x, mean, unbiased, self.weight, self.bias, True, 1.0, self.eps)
+        self._track(mean, unbiased)
+        return y
+
     def plain(self) -> BatchNormTensors:
         """The batch norm that, in evaluation, gives what this layer gives, or comes nearest to it."""
         return BatchNormTensors(self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias)

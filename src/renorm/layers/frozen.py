@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from renorm.kernels import by_constants
 from renorm.layers.base import BatchNormTensors, Tracking
 
 
@@ -34,4 +36,8 @@ class Frozen(Tracking):
             parameter.requires_grad_(self.train_affine)
 
     def _normalised(self, x: Tensor) -> Tensor:
-        return self._by_held(x)
+        trains = any(p is not None and p.requires_grad for p in (self.weight, self.bias))
+        if trains or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._by_held(x)
+        bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
+        return by_constants(x, self.running_mean, self._scale(self.running_var, self.weight), bias)

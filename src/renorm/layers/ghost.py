@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from renorm.errors import UsageError
-from renorm.kernels import by_image, from_images, normalised, pooled
-from renorm.layers.base import Tracking, finite_or, unbiased
+from renorm.layers.base import Tracking
 
 
 class Ghost(Tracking):
@@ -40,27 +39,7 @@ class Ghost(Tracking):
     def _normalised(self, x: Tensor) -> Tensor:
         if not self.training:
             return self._by_held(x)
-        count, number = x.shape[0], max(1, x.shape[0] // self.size)
-        groups = (torch.arange(count, device=x.device) // self.size).clamp_max(number - 1)
-        images = by_image(x)
-        positions = images[0, 0].numel()
-        held_mean, held_var = self.running_mean.detach().clone(), self.running_var.detach().clone()
-
-        def moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return pooled(mean.view(count, -1), var.view(count, -1), groups, number)
-
-        def rule(
-            mean: Tensor, var: Tensor, held_mean: Tensor, held_var: Tensor, weight: Tensor | None, bias: Tensor | None
-        ) -> tuple[Tensor, Tensor, Tensor | None]:
-            mean, var, _ = moments(mean, var)
-            mean, var = finite_or(mean, var, held_mean, held_var)
-            scale = self._scale(var, weight)
-            bias = None if bias is None else bias.expand_as(mean)[groups].flatten()
-            return mean[groups].flatten(), scale[groups].flatten(), bias
-
-        y, mean, var = normalised(images, rule, held_mean, held_var, self.weight, self.bias)
-        means, variances, _ = moments(mean, var)
-        for turn in range(number):
-            here = self.size if turn < number - 1 else count - self.size * (number - 1)
-            self._track(means[turn], unbiased(variances[turn], here * positions))
-        return from_images(y, x)
+        whole = max(1, x.shape[0] // self.size) * self.size
+        sizes = [self.size] * (whole // self.size)
+        sizes[-1] += x.shape[0] - whole
+        return torch.cat([self._by_batch(part) for part in torch.split(x, sizes)])

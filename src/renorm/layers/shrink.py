@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from renorm.errors import UsageError
-from renorm.kernels import normalised
+from renorm.kernels import means_of_images, normalised
 from renorm.layers.base import Mixing, finite_or
-from renorm.moments import FLOOR, NOISE, TINY, image_means, source_share
+from renorm.moments import FLOOR, NOISE, TINY, source_share
 
 
 class Shrink(Mixing):
@@ -67,7 +67,7 @@ class Shrink(Mixing):
 
         Channels that are not finite in the batch are left out. Shapes: x (N, C, *), the statistics (C,).
         """
-        images = image_means(x)
+        images = means_of_images(x)
         if images.shape[0] < 2:
             return torch.ones((), dtype=images.dtype, device=images.device)
         noise = images.var(0) / images.shape[0] / (held_var + self.eps)
