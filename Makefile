@@ -48,11 +48,14 @@ $(VENV)/dev.stamp: $(VENV)/test.stamp
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
-# What type checkers are told of the methods' folder, which they cannot scan.
+# What type checkers are told of the folders of methods and layers, which they cannot scan.
 stubs: $(VENV)/core.stamp
 	$(BIN)/python -c "from renorm.family import stub; from renorm.methods.base import Method; \
 	print(stub('renorm.methods', Method), end='')" > $(VENV)/stub
 	mv $(VENV)/stub src/renorm/methods/__init__.pyi
+	$(BIN)/python -c "from renorm.family import stub; from renorm.layers import BESIDES; \
+	from renorm.layers.base import Layer; print(stub('renorm.layers', Layer, *BESIDES), end='')" > $(VENV)/stub
+	mv $(VENV)/stub src/renorm/layers/__init__.pyi
 
 # Take the newest versions of everything, then run the tests before committing the new constraints.
 lock:

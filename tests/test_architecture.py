@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from renorm import layers
 from renorm.family import stub
-from renorm.methods.base import Method, catalogue
+from renorm.layers.base import Layer
+from renorm.methods.base import Method
 from tests.every_raise import raises_in, unreached
 
 PACKAGE = Path(__file__).parents[1] / "src" / "renorm"
@@ -22,7 +24,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "renorm"
 # In import order: a room imports only rooms that stand before it. docs/architecture.md draws the same list.
 ROOMS = (
     # words, and numbers: tensors in, tensors out
-    *("errors", "said", "family", "faces", "moments", "shift", "affine"),
+    *("errors", "said", "family", "faces", "moments", "shift", "affine", "kernels"),
     # model: nn.Module, no data
     *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches
@@ -34,7 +36,7 @@ ROOMS = (
     *("preprocessing", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
 EDGES = ROOMS[ROOMS.index("preprocessing") :]
-FAMILIES = ("methods", "rules")  # folders with a base.py and a catalogue
+FAMILIES = ("layers", "methods", "rules")  # folders with a base.py and a catalogue
 
 EXTRAS = {
     *("timm", "torchvision", "PIL", "accelerate", "pandas", "pyarrow", "transformers", "datasets", "matplotlib"),
@@ -44,9 +46,9 @@ EXTRAS = {
 HEAVY = {"sklearn", "scipy", "torchmetrics", "rich", "jsonargparse", "jinja2", "yaml"}
 
 PUBLIC = (
-    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify"),
+    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify", "convert_"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
-    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap"),
+    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
     *(
         "freeze_",
         "unfreeze_",
@@ -197,14 +199,19 @@ def test_every_file_of_a_family_is_in_its_catalogue(family: str) -> None:
     assert homes == files, "each file of a family holds a member, and each member has its file"
 
 
-def test_type_checkers_are_told_the_methods_that_the_folder_holds() -> None:
-    methods = importlib.import_module("renorm.methods")
-    told = stub("renorm.methods", Method)  # type: ignore[type-abstract]
-    assert (PACKAGE / "methods" / "__init__.pyi").read_text(encoding="utf-8") == told, "run `make stubs`"
-    for method in catalogue().values():
-        assert getattr(methods, method.__name__) is method
-    with pytest.raises(AttributeError, match=r"'renorm\.methods' has no attribute 'Nothing'"):
-        _ = methods.Nothing
+@pytest.mark.parametrize(
+    ("family", "interface", "besides"),
+    [("methods", Method, ()), ("layers", Layer, layers.BESIDES)],
+    ids=["methods", "layers"],
+)
+def test_type_checkers_are_told_what_the_folder_holds(family: str, interface: type, besides: tuple[str, ...]) -> None:
+    package = importlib.import_module(f"renorm.{family}")
+    told = stub(f"renorm.{family}", interface, *besides)
+    assert (PACKAGE / family / "__init__.pyi").read_text(encoding="utf-8") == told, "run `make stubs`"
+    for member in importlib.import_module(f"renorm.{family}.base").catalogue().values():
+        assert getattr(package, member.__name__) is member
+    with pytest.raises(AttributeError, match=rf"'renorm\.{family}' has no attribute 'Nothing'"):
+        _ = package.Nothing
 
 
 COST = """

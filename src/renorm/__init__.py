@@ -31,6 +31,8 @@ from renorm.sites import Site as Site
 from renorm.sites import find_sites as find_sites
 from renorm.split import Split as Split
 from renorm.split import split as split
+from renorm.surgery import Conversion as Conversion
+from renorm.surgery import convert_ as convert_
 from renorm.verify import Gap as Gap
 from renorm.verify import verify as verify
 
@@ -39,6 +41,7 @@ __all__ = [
     "Adaptation",
     "Affine",
     "BatchError",
+    "Conversion",
     "Diagnosis",
     "Freeze",
     "Gap",
@@ -54,6 +57,7 @@ __all__ = [
     "Split",
     "apply_policy_",
     "check_groups",
+    "convert_",
     "diagnose",
     "evaluate",
     "find_sites",

@@ -24,10 +24,12 @@ def members(package: str, interface: type[Member], *, key: str = "name") -> dict
     return dict(sorted(found.items()))
 
 
-def stub(package: str, interface: type[Member]) -> str:
-    """The text of the package's `__init__.pyi`: what a type checker, which cannot scan folders, is told of the members."""
-    lines = sorted(
-        f"from {member.__module__} import {member.__name__} as {member.__name__}"
-        for member in members(package, interface).values()
-    )
+def stub(package: str, interface: type[Member], *besides: str) -> str:
+    """The text of the package's `__init__.pyi`: what a type checker, which cannot scan folders, is told of the members.
+
+    `besides` are dotted names of further things that the package offers.
+    """
+    offered = [f"{member.__module__}.{member.__name__}" for member in members(package, interface).values()]
+    parts = sorted((name.rpartition(".") for name in (*offered, *besides)), key=lambda part: (part[0], part[2].lower()))
+    lines = [f"from {module} import {name} as {name}" for module, _, name in parts]
     return "\n".join(["# written by `make stubs`; a test compares it with the folder", *lines, ""])

@@ -12,18 +12,12 @@ from torch import Tensor, nn
 from renorm.calls import Caller
 from renorm.errors import UsageError
 from renorm.methods.base import Estimate, Method
-from renorm.moments import Moments, Observed
+from renorm.moments import FLOOR, Moments, Observed, source_share
 from renorm.observe import Observation, finish, observing
 from renorm.profile import Profile
 from renorm.said import say
 from renorm.shift import Shift
 from renorm.sites import Site
-
-# Both set on ResNet-20 (CIFAR-10) and MobileNet (VWW), some twenty shifts each, 16 images to all of them.
-FLOOR = (
-    0.10  # the source's share however many images there are: its own train/test gap does not shrink with more of them
-)
-NOISE = 20.0  # squared standard errors of the mean (source sd) count this much against the target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +120,7 @@ class Pooled(Method):
         if source is not None:
             moved, gap = Shift.between(known, found.values, eps=site.eps).moved, source.gap(site.name)
             floor = max(floor, gap / (gap + moved))
-        doubt = NOISE * float(found.standard_error(known.var + site.eps).square().mean())
-        return floor + (1 - floor) * (doubt / (1 + doubt) if doubt < float("inf") else 1.0)
+        return source_share(float(found.standard_error(known.var + site.eps).square().mean()), floor=floor)
 
 
 def widest(seen: Observation, held: dict[str, Moments | None]) -> float:
