@@ -27,7 +27,8 @@ ROOMS = (
     *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches
     *("calls", "observe", "evaluate", "verify", "trust", "files", "provenance", "checkpoints", "profile", "guard"),
-    *("methods", "recalibrate", "regularisers", "finetune", "lean", "graph", "fold", "export", "adapters", "watch"),
+    *("methods", "recalibrate", "regularisers", "finetune", "lean"),
+    *("graph", "absorb", "neighbours", "prove", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
     *("rules", "doctor", "recommend"),
     # edges: files, screens, users
@@ -44,9 +45,8 @@ EXTRAS = {
 HEAVY = {"sklearn", "scipy", "torchmetrics", "rich", "jsonargparse", "jinja2", "yaml"}
 
 PUBLIC = (
-    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify"),
+    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify", "fold", "export"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
-    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap"),
     *(
         "freeze_",
         "unfreeze_",
@@ -59,6 +59,7 @@ PUBLIC = (
         "split",
     ),
     *("Freeze", "Policy", "Split"),
+    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Folded", "Exported"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 

@@ -6,6 +6,7 @@ evaluation mode; `case.batch(samples, seed)` gives something to call it with.
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 import zlib
@@ -475,3 +476,14 @@ def named(name: str) -> Case:
     """The case of that name."""
     (case,) = [case for case in CASES if case.name == name]
     return case
+
+
+def settled(case: Case) -> nn.Module:
+    """The case's model after whatever Keras does to itself when it is first called or copied."""
+    model = case.build()
+    if "keras" in case.tags:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            case.call(model, case.batch())
+            copy.deepcopy(model)
+    return model

@@ -8,6 +8,10 @@ from renorm.errors import NoBatchNorm as NoBatchNorm
 from renorm.errors import RenormError as RenormError
 from renorm.evaluate import Score as Score
 from renorm.evaluate import evaluate as evaluate
+from renorm.export import Exported as Exported
+from renorm.export import export as export
+from renorm.fold import Folded as Folded
+from renorm.fold import fold as fold
 from renorm.freeze import Freeze as Freeze
 from renorm.freeze import freeze_ as freeze_
 from renorm.freeze import frozen as frozen
@@ -39,6 +43,8 @@ __all__ = [
     "Affine",
     "BatchError",
     "Diagnosis",
+    "Exported",
+    "Folded",
     "Freeze",
     "Gap",
     "Moments",
@@ -55,7 +61,9 @@ __all__ = [
     "check_groups",
     "diagnose",
     "evaluate",
+    "export",
     "find_sites",
+    "fold",
     "freeze_",
     "frozen",
     "observe",
