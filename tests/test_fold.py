@@ -608,7 +608,7 @@ def test_more_wrong_folds_than_it_hunts_for_undo_all(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy",)))
 def test_every_norm_of_the_zoo_is_folded_or_has_its_reason(case: zoo.Case) -> None:
-    model = zoo.settled(case)
+    model = case.settled()
     before, around = photograph(model), process()
     batch = case.batch()
     try:

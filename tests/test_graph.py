@@ -28,7 +28,7 @@ def _leave_the_group_that_a_case_may_have_joined():
 
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy",)))
 def test_watching_changes_nothing_and_sees_every_site_that_runs(case: zoo.Case) -> None:
-    model = zoo.settled(case)
+    model = case.settled()
     before, around = photograph(model), process()
     caller = Caller(forward=case.forward, output=case.output)
     graph = watch(model, case.batch(), sites=find_sites(model), caller=caller)

@@ -74,11 +74,13 @@ class Case:
         return [self.batch(samples, seed) for seed, samples in enumerate(SIZES)]
 
     def settled(self) -> nn.Module:
-        """The model after whatever Keras does to itself when it is called first."""
+        """The model after whatever Keras does to itself when it is first called or copied."""
         model = self.build()
         if "keras" in self.tags:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # its arrays, under numpy 2
                 self.call(model, self.batch())
+                copy.deepcopy(model)
         return model
 
     def call(self, model: nn.Module, batch: Any) -> Any:
@@ -476,14 +478,3 @@ def named(name: str) -> Case:
     """The case of that name."""
     (case,) = [case for case in CASES if case.name == name]
     return case
-
-
-def settled(case: Case) -> nn.Module:
-    """The case's model after whatever Keras does to itself when it is first called or copied."""
-    model = case.build()
-    if "keras" in case.tags:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            case.call(model, case.batch())
-            copy.deepcopy(model)
-    return model
