@@ -45,7 +45,8 @@ EXTRAS = {
 HEAVY = {"sklearn", "scipy", "torchmetrics", "rich", "jsonargparse", "jinja2", "yaml"}
 
 PUBLIC = (
-    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify", "fold", "export"),
+    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify"),
+    *("fold", "load_folded_", "export"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
     *(
         "freeze_",

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from renorm.checkpoints import read_weights
 from renorm.cli import main
-from renorm.errors import FileExists, MissingExtra, ModelError, UsageError
+from renorm.errors import CheckpointError, FileExists, MissingExtra, ModelError, UsageError
 from renorm.export import SUFFIXES, export, preflight
-from renorm.fold import fold
+from renorm.fold import fold, load_folded_, was_folded
 from renorm.provenance import fingerprint
 from tests import zoo
 from tests.contracts.photograph import differences, photograph, process
@@ -148,6 +148,44 @@ def test_a_fixed_batch(folder: Path) -> None:
     assert export(model, folder / "m.pt2", x, dynamic_batch=False).max_rel_error < 1e-5
 
 
+# ── folded weights come back ──
+
+
+def test_folded_weights_make_a_folded_model_of_the_one_they_came_from(folder: Path) -> None:
+    pytest.importorskip("timm")
+    model, x = zoo.named("timm-efficientnet").build(), torch.randn(2, 3, 32, 32)
+    export(model, folder / "m.safetensors", x)
+    again = zoo.named("timm-efficientnet").build()
+    for tensor in again.parameters():
+        tensor.data.zero_()
+    loaded = load_folded_(again, folder / "m.safetensors")
+    assert loaded.missing == ()
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-5)
+    assert again.conv_stem.bias.requires_grad
+
+
+def test_folded_weights_of_another_model_change_nothing(folder: Path) -> None:
+    export(zoo.named("bn2d").build(), folder / "m.safetensors", torch.randn(2, *IMAGE))
+    for name, why in (("look-alike", "with a norm at '1'|does not fit"), ("tokens", "with a norm at|does not fit")):
+        model = zoo.named(name).build()
+        before = photograph(model)
+        with pytest.raises(CheckpointError, match=why):
+            load_folded_(model, folder / "m.safetensors")
+        assert differences(before, photograph(model)) == []
+    model = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"is of a model with a norm at '1', where this one has none"):
+        load_folded_(model, folder / "m.safetensors")
+
+
+def test_weights_that_were_not_folded_are_refused_as_such(folder: Path) -> None:
+    model = zoo.named("bn2d").build()
+    export(model, folder / "m.safetensors", torch.randn(2, *IMAGE), folds=False)
+    assert not was_folded(folder / "m.safetensors")
+    with pytest.raises(CheckpointError, match="does not say which norms were folded"):
+        load_folded_(model, folder / "m.safetensors")
+
+
 # ── preflight ──
 
 
@@ -249,7 +287,9 @@ def unfoldable():
 def nets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     (folder / "nets.py").write_text(NETS)
-    np.savez(folder / "data.npz", images=np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8))
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
+    np.savez(folder / "data.npz", images=images)
+    np.savez(folder / "labelled.npz", images=images, labels=np.arange(6) % 2)
     return folder
 
 
@@ -260,6 +300,8 @@ def test_fold_writes_weights_and_says_what_went(nets: Path, capsys: pytest.Captu
     assert "1.running_mean" not in weights.state
     assert weights.provenance is not None
     assert weights.provenance["folded"] == ["1"]
+    assert main("evaluate nets.py:net labelled.npz --checkpoint folded.safetensors".split()) == 0
+    capsys.readouterr()
     assert main("fold nets.py:net --input 3x8x8 -o again.pt --format json".split()) == 0
     result = json.loads(capsys.readouterr().out)["result"]
     assert list(result) == ["folded", "kept", "max_rel_error", "errors", "output", "notes"]

@@ -12,6 +12,7 @@ from renorm.export import Exported as Exported
 from renorm.export import export as export
 from renorm.fold import Folded as Folded
 from renorm.fold import fold as fold
+from renorm.fold import load_folded_ as load_folded_
 from renorm.freeze import Freeze as Freeze
 from renorm.freeze import freeze_ as freeze_
 from renorm.freeze import frozen as frozen
@@ -66,6 +67,7 @@ __all__ = [
     "fold",
     "freeze_",
     "frozen",
+    "load_folded_",
     "observe",
     "parameter_groups",
     "policies",

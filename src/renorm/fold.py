@@ -8,6 +8,7 @@ order in which modules were registered.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +19,15 @@ from torch import Tensor, nn
 
 from renorm.affine import Affine
 from renorm.calls import Caller, Forward, map_tensors, tensors_in, uncompiled
-from renorm.errors import UsageError
+from renorm.checkpoints import Loaded, load_, read_weights
+from renorm.errors import CheckpointError, UsageError
 from renorm.graph import Graph, watch
 from renorm.neighbours import absorbers
 from renorm.prove import Fold, Proof, distance, remainder, share
 from renorm.sites import Site, batch_sites, find_sites, unwrap, walk
 from renorm.state import evaluating, preserving
 
-__all__ = ["Folded", "fold", "scale_and_shift"]
+__all__ = ["Folded", "fold", "load_folded_", "scale_and_shift", "was_folded"]
 
 TOLERANCES = {torch.float64: 1e-9}  # of the largest value
 TOLERANCE = 1e-4  # float32: some ten times what reordered sums gave over 100 timm families, `renorm bench fold`
@@ -100,6 +102,38 @@ def _folded(working: _Working) -> Folded:
         errors={name: working.errors[name] for name in folded},
         own_rounding=working.own_rounding() if error > working.delivered.limit else None,
     )
+
+
+def was_folded(path: str | os.PathLike[str]) -> bool:
+    """Whether the weights at `path` are those of a folded model, by what the file says of its origin."""
+    return "folded" in (read_weights(path).provenance or {})
+
+
+def load_folded_(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
+    """Give `model` the form of the folded one whose weights are at `path`, and load them: all of it, or nothing.
+
+    Where a norm was folded an Identity or its activation takes its place, and a layer that got a bias gets one.
+
+    Raises:
+        CheckpointError: as `checkpoints.load_`, the file does not say what was folded, or the model lacks a norm it names.
+    """
+    weights = read_weights(path)
+    names = (weights.provenance or {}).get("folded")
+    if names is None:
+        raise CheckpointError(f"{path} does not say which norms were folded. Load it with its model as it is.")
+    made = copy.deepcopy(model)
+    for each in (made, model):  # the copy first: where it does not fit, the model is as it was
+        modules = dict(walk(unwrap(each)))
+        if lacking := [name for name in names if name not in modules]:
+            raise CheckpointError(f"{path} is of a model with a norm at {lacking[0]!r}, where this one has none.")
+        for name in names:
+            _replace(unwrap(each), modules[name], remainder(modules[name]))
+        for name in weights.state:
+            home = modules.get(name.rpartition(".")[0])
+            if home is not None and name.endswith("bias") and ("bias", None) in home._parameters.items():
+                home.bias = nn.Parameter(weights.state[name].to(next(home.parameters())))
+        loaded = load_(each, path)
+    return loaded
 
 
 def scale_and_shift(site: Site) -> Affine | None:

@@ -49,7 +49,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-TIMING = "channels last, 8 images of 224²; median over turns, with the smallest and largest"
+TIMING = "channels last, 4 images of 224²; median over turns, with the smallest and largest"
 
 
 def _right(row: Row) -> bool:

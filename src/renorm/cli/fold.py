@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class FoldNorms(OnExample):
     """Absorb batch norms into the layers beside them, prove it on an example, and write the weights.
 
-    What cannot be folded stays, with the reason. The weights fit the model that renorm.fold gives in Python; for a file that
-    runs by itself see renorm export. Exit code 0: written; 1: nothing could be folded, nothing was written.
+    What cannot be folded stays, with the reason. Give the weights with --checkpoint to any command, or renorm.load_folded_ in
+    Python; for a file that runs by itself see renorm export. Exit code 0: written; 1: nothing could be folded, nothing was
+    written.
     """
 
     name: ClassVar = "fold"
