@@ -29,7 +29,8 @@ ROOMS = (
     *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches
     *("calls", "observe", "evaluate", "verify", "trust", "files", "provenance", "checkpoints", "profile", "guard"),
-    *("methods", "recalibrate", "regularisers", "finetune", "lean", "graph", "fold", "export", "adapters", "watch"),
+    *("methods", "recalibrate", "regularisers", "finetune", "lean"),
+    *("graph", "absorb", "neighbours", "prove", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
     *("rules", "doctor", "recommend"),
     # edges: files, screens, users
@@ -49,6 +50,7 @@ PUBLIC = (
     *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify", "convert_"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
     *("Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
+    *("fold", "load_folded_", "export"),
     *(
         "freeze_",
         "unfreeze_",
@@ -61,6 +63,7 @@ PUBLIC = (
         "split",
     ),
     *("Freeze", "Policy", "Split"),
+    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Folded", "Exported"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from renorm.bench import corruptions, recalibrate_table, speed_table
+from renorm.bench import corruptions, fold_table, peers, recalibrate_table, speed_table
 from renorm.bench.base import Cell, Row, Suite, catalogue, vary
 from renorm.bench.beds import BEDS
 from renorm.bench.intervals import paired, ratio
@@ -21,6 +23,7 @@ from renorm.bench.resample import some_classes
 from renorm.bench.runner import CellDone, Finished, Started, open_suite, run_suite
 from renorm.bench.store import Store
 from renorm.errors import DataError, UnknownName, UsageError
+from tests import zoo
 from tests.data import shared
 
 
@@ -333,3 +336,69 @@ def test_the_table_of_speed_takes_medians_against_the_faster_peer() -> None:
         "| 10.00 (10.00–10.00) times; +0.50 [+0.50, +0.50] points | **miss** |"
     )
     assert "## Targets" in speed_table.table([])
+
+
+# ── suite fold ──
+
+
+def _answer(name: str, **values: float) -> Row:
+    usual = {"norms": 10, "folded": 10, "error": 1e-6, "site error": 1e-6, "own rounding": math.nan, "seconds": 1}
+    mmcv = {"mmcv folded": 10, "mmcv error": 3.0, "mmcv failed": 0}
+    fx = {"fx folded": 0, "fx error": math.nan, "fx failed": 1}
+    return Row(Cell.of(part="answers", on=name), {**usual, **mmcv, **fx, **values})
+
+
+def test_the_table_of_fold_computes_its_verdicts() -> None:
+    rows = [_answer("resnet50"), _answer("densenet121", folded=7, **{"why other": 3})]
+    rows.append(_answer("wild", error=1e-2, **{"own rounding": 1e-2}))
+    rows.append(_answer("off", error=1e-2))
+    for turn, seconds in enumerate((1.0, 2.0, 1.0)):
+        values = {"eager": seconds, "folded": seconds / 2, "compiled": seconds / 4}
+        rows.append(Row(Cell.of(part="time", on="resnet50", seed=turn), values))
+    lines = fold_table.table(rows).splitlines()
+    assert "| ≥ 90 % of the batch norms of the named families | 85.0 % of 20 in 2 networks | **miss** |" in lines
+    assert "| right on ≥ 100 families | 3 of 4 | **miss** |" in lines
+    assert "| ResNet-50, channels last: ≥ 1.2 times eager | 2.00 (2.00–2.00) | pass |" in lines
+    assert "| renorm | 92.5 % | 1 | 0 | 4 |" in lines
+    assert "| mmcv's rule | 100.0 % | 4 | 0 | 4 |" in lines
+    assert "| torch.fx | 0.0 % | 0 | 4 | 4 |" in lines
+    assert "| wild | 10 | 10 | 1e-02 (own 1e-02) | 1.0 | 10, **3e+00** | – |" in lines
+    assert "| other | 3 |" in lines
+    assert "| resnet50 | 0.50 (0.50–0.50) | – | 0.25 (0.25–0.25) | – |" in lines
+    assert "## Targets" in fold_table.table([])
+
+
+def test_reasons_are_counted_under_a_few_words() -> None:
+    assert fold_table.kind("what it reads comes from relu_ in a.b") == "no layer writes what it reads"
+    assert fold_table.kind("something new") == "other"
+
+
+def test_peers_fold_by_order_and_by_graph() -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.b = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(self.norm(x)))
+
+    model, x = zoo.lived(Crossed()), torch.randn(2, 3, 4, 4)
+    before = model.state_dict()
+    in_order, by_graph = peers.fuse_in_order(model), peers.fuse_by_graph(model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [type(m) for m in (in_order.norm, in_order.b[1])] == [nn.Identity, nn.Identity]
+    with torch.no_grad():
+        torch.testing.assert_close(by_graph(x), model(x))
+        torch.testing.assert_close(in_order.b(x), model.b(x))
+        assert not torch.allclose(in_order(x), model(x)), "mmcv's rule takes the norm before a conv for one behind it"
+
+
+def test_a_cell_of_fold_measures_ours_and_theirs() -> None:
+    pytest.importorskip("timm")
+    from renorm.bench.fold import _answers
+
+    values = _answers("mobilenetv3_large_100")
+    assert values["norms"] == values["folded"] == 46
+    assert values["error"] < 1e-4
+    assert values["mmcv error"] > 1e-2

@@ -6,6 +6,7 @@ evaluation mode; `case.batch(samples, seed)` gives something to call it with.
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 import zlib
@@ -73,11 +74,13 @@ class Case:
         return [self.batch(samples, seed) for seed, samples in enumerate(SIZES)]
 
     def settled(self) -> nn.Module:
-        """The model after whatever Keras does to itself when it is called first."""
+        """The model after whatever Keras does to itself when it is first called or copied."""
         model = self.build()
         if "keras" in self.tags:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # its arrays, under numpy 2
                 self.call(model, self.batch())
+                copy.deepcopy(model)
         return model
 
     def call(self, model: nn.Module, batch: Any) -> Any:

@@ -8,6 +8,11 @@ from renorm.errors import NoBatchNorm as NoBatchNorm
 from renorm.errors import RenormError as RenormError
 from renorm.evaluate import Score as Score
 from renorm.evaluate import evaluate as evaluate
+from renorm.export import Exported as Exported
+from renorm.export import export as export
+from renorm.fold import Folded as Folded
+from renorm.fold import fold as fold
+from renorm.fold import load_folded_ as load_folded_
 from renorm.freeze import Freeze as Freeze
 from renorm.freeze import freeze_ as freeze_
 from renorm.freeze import frozen as frozen
@@ -43,6 +48,8 @@ __all__ = [
     "BatchError",
     "Conversion",
     "Diagnosis",
+    "Exported",
+    "Folded",
     "Freeze",
     "Gap",
     "Moments",
@@ -60,9 +67,12 @@ __all__ = [
     "convert_",
     "diagnose",
     "evaluate",
+    "export",
     "find_sites",
+    "fold",
     "freeze_",
     "frozen",
+    "load_folded_",
     "observe",
     "parameter_groups",
     "policies",

@@ -28,7 +28,8 @@ from torch import nn
 
 from renorm.checkpoints import Loaded, load_
 from renorm.conventions import foreign_conventions
-from renorm.errors import ModelError, RenormError, UnknownName, UsageError, require
+from renorm.errors import CheckpointError, ModelError, RenormError, UnknownName, UsageError, require
+from renorm.fold import load_folded_, was_folded
 from renorm.preprocessing import Preprocessing, preprocessing_of
 from renorm.said import say
 
@@ -101,7 +102,7 @@ def open_model(
         module = _from_factory(spec, num_classes)
     else:
         module = _call(spec, name, num_classes)
-    loaded = load_(module, checkpoint) if checkpoint is not None else None
+    loaded = _loaded(module, checkpoint) if checkpoint is not None else None
     preprocessing = preprocessing_of(module)
     notes = loaded.notes if loaded else ()
     if zoo and not pretrained and loaded is None:
@@ -119,6 +120,16 @@ def open_model(
         checkpoint=loaded,
         notes=notes,
     )
+
+
+def _loaded(module: nn.Module, checkpoint: str | os.PathLike[str]) -> Loaded:
+    """Load a checkpoint; one that `renorm fold` wrote makes a folded model of the module."""
+    try:
+        return load_(module, checkpoint)
+    except CheckpointError:
+        if not was_folded(checkpoint):
+            raise
+    return load_folded_(module, checkpoint)
 
 
 def _from_timm(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:

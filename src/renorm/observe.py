@@ -1,4 +1,4 @@
-"""One pass over batches: what does each norm layer see? The only hooks renorm has are here."""
+"""One pass over batches: what does each norm layer see? Beside `graph` and `prove`, only this file sets hooks."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from renorm.cli.base import Command, argument, option
+from renorm.errors import UsageError
 from renorm.said import say
 
 if TYPE_CHECKING:
@@ -83,6 +84,38 @@ class OnModel(Command):
             "autocast": torch.bfloat16 if self.precision == "bf16" else None,
             "channels_last": self.channels_last,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnExample(OnModel):
+    """A command that needs one batch to run the model on, of data or of random numbers."""
+
+    data: str = argument(f"{DATA}; without it random numbers are the example", required=False)
+    input: str = option("", "the size of one sample where there are no data, such as 3x224x224", metavar="SIZE")
+
+    def batch(self, model: Model) -> Any:
+        """The first batch of the data, four samples at most; without data two samples of noise of the model's input size.
+
+        Raises UsageError where neither data nor the model nor --input says what a sample looks like.
+        """
+        import torch
+
+        if self.data:
+            batch = next(iter(self.dataset(self.data, model).batches))
+            return batch[0][:4] if isinstance(batch, list | tuple) else batch[:4]
+        if self.input:
+            size = self.input.lower().split("x")
+            if not all(part.isdigit() and int(part) for part in size):
+                raise UsageError(f"--input is the size of one sample, such as 3x224x224; got {self.input}.")
+            shape = tuple(map(int, size))
+        elif model.preprocessing is not None:
+            shape = model.preprocessing.input_size
+        else:
+            raise UsageError(
+                f"renorm {self.name} runs the model on an example, and {self.model} does not say what its input looks like; "
+                "give DATA, or --input with the size of one sample, such as 3x224x224."
+            )
+        return torch.randn(2, *shape, generator=torch.Generator().manual_seed(self.seed))
 
 
 def notes(*opened: Model | Dataset | None) -> tuple[str, ...]:
