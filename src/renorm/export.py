@@ -29,6 +29,7 @@ from renorm.files import refuse_existing, writing
 from renorm.fold import Folded, fold
 from renorm.prove import distance, share
 from renorm.provenance import fingerprint, provenance
+from renorm.said import say
 from renorm.sites import device_of, find_sites, unwrap
 from renorm.state import evaluating, preserving
 
@@ -134,16 +135,30 @@ def preflight(model: nn.Module) -> tuple[str, ...]:
     notes = []
     bare = [site.name for site in sites if site.tensors is None]
     if bare:
-        notes.append(f"{len(bare)} batch norms hold no statistics ({bare[0]} first): answers depend on the batch")
+        notes.append(
+            say(
+                "{count} batch norms hold no statistics ({site} first): answers depend on the batch",
+                count=len(bare),
+                site=bare[0],
+            )
+        )
     fresh = [site.name for site in sites if site.tensors and _is_fresh(*site.tensors)]
     if fresh:
         notes.append(
-            f"the statistics of {len(fresh)} batch norms were never calibrated ({fresh[0]} first): mean 0, variance 1"
+            say(
+                "the statistics of {count} batch norms were never calibrated ({site} first): mean 0, variance 1",
+                count=len(fresh),
+                site=fresh[0],
+            )
         )
     if endless := [site.name for site in sites if getattr(site.module, "momentum", 0.1) is None]:
         notes.append(
-            f"momentum is None at {len(endless)} batch norms ({endless[0]} first): harmless in this file, but "
-            "torch.compile(fullgraph=True) cannot trace their training"
+            say(
+                "momentum is None at {count} batch norms ({site} first): harmless in this file, but "
+                "torch.compile(fullgraph=True) cannot trace their training",
+                count=len(endless),
+                site=endless[0],
+            )
         )
     return tuple(notes)
 

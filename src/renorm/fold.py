@@ -24,6 +24,7 @@ from renorm.errors import CheckpointError, UsageError
 from renorm.graph import Graph, watch
 from renorm.neighbours import absorbers
 from renorm.prove import Fold, Proof, distance, remainder, share
+from renorm.said import say
 from renorm.sites import Site, batch_sites, find_sites, unwrap, walk
 from renorm.state import evaluating, preserving
 
@@ -207,7 +208,7 @@ class _Working:
                 planned.append(found)
                 taken |= weights
             else:
-                kept[site.name] = "another batch norm was folded into the same weight first"
+                kept[site.name] = say("another batch norm was folded into the same weight first")
         return planned, kept
 
     def adopt(self, planned: Sequence[Fold]) -> bool:
@@ -258,9 +259,13 @@ class _Working:
                 if any((a.module, a.weight) in weights for a in fold.absorbers):
                     del self.folds[fold.site]
                     self.refused[fold.site] = (
-                        "the model's forward fails without it"
+                        say("the model's forward fails without it")
                         if error == float("inf")
-                        else f"with it folded the model's output moved by {share(error)}, more than {share(how.limit)}"
+                        else say(
+                            "with it folded the model's output moved by {error}, more than {limit}",
+                            error=share(error),
+                            limit=share(how.limit),
+                        )
                     )
             newest = [fold for fold in newest if fold.site in self.folds]
 
@@ -341,21 +346,21 @@ class _Working:
 def _plan(graph: Graph, site: Site, modules: Mapping[str, nn.Module]) -> Fold | str:
     """How `site` could be folded; a reason where it cannot."""
     if site.slot is not None:
-        return "it holds several sets of statistics, and which one applies is known only when it runs"
+        return say("it holds several sets of statistics, and which one applies is known only when it runs")
     if site.module.training:
-        return "it is in training mode, where it normalises by each batch: call model.eval() first"
+        return say("it is in training mode, where it normalises by each batch: call model.eval() first")
     affine = scale_and_shift(site)
     if affine is None:
-        return "it holds no statistics, and normalises by each batch"
+        return say("it holds no statistics, and normalises by each batch")
     visits = graph.visits_of(site.name)
     if not visits:
-        return "the example did not reach it"
+        return say("the example did not reach it")
     if not all(visit.plain for visit in visits):
-        return "it is called with more than one tensor, or gives more than one"
+        return say("it is called with more than one tensor, or gives more than one")
     if site.module._forward_hooks or site.module._forward_pre_hooks:
-        return "it carries hooks, which would go with it"
+        return say("it carries hooks, which would go with it")
     if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
-        return "its scale or shift is not finite"
+        return say("its scale or shift is not finite")
     after = absorbers(graph, site, affine, modules, side="after")
     if not isinstance(after, str):
         return Fold(site.name, affine, tuple(after))
@@ -365,7 +370,11 @@ def _plan(graph: Graph, site: Site, modules: Mapping[str, nn.Module]) -> Fold | 
     if not isinstance(before, str):
         return Fold(site.name, affine, tuple(before))
     beside = absorbers(graph, site, affine, modules, side="beside")
-    return f"{after}; {before}" if isinstance(beside, str) else Fold(site.name, affine, tuple(beside))
+    return (
+        say("{after}; {before}", after=after, before=before)
+        if isinstance(beside, str)
+        else Fold(site.name, affine, tuple(beside))
+    )
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

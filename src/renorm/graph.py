@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from renorm.calls import Caller, tensors_in, uncompiled
+from renorm.said import say
 from renorm.sites import Site, unwrap, walk
 from renorm.state import evaluating, preserving
 
@@ -73,7 +74,7 @@ class Operation:
     writes: tuple[Place, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} in {self.where}" if self.where else self.name
+        return say("{name} in {where}", name=self.name, where=self.where) if self.where else self.name
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from renorm.absorb import Absorber, Side
 from renorm.affine import Affine
 from renorm.graph import Graph, Layout, Operation, Place, Visit
+from renorm.said import say
 from renorm.sites import Site
 
 __all__ = ["absorbers"]
@@ -91,27 +92,32 @@ def _absorber(
     if len(set(numbers)) < len(numbers) or any(
         use.shifted != shifted or not torch.equal(use.channels, channels) for use in uses
     ):
-        return f"the calls of {name} would need different scales"
+        return say("the calls of {name} would need different scales", name=name)
     if others := [o for o in graph.readers(linear.weight) if o.number not in numbers]:
-        return f"the weight of {name} is used {len(uses) + len(others)} times, also by {others[0]}"
+        return say(
+            "the weight of {name} is used {count} times, also by {other}",
+            name=name,
+            count=len(uses) + len(others),
+            other=str(others[0]),
+        )
     if len(graph.owners[linear.weight.value]) > 1:
         held = [owner for owner in graph.owners[linear.weight.value] if owner != linear.owner]
-        return f"the weight of {name} is tied to {'.'.join(held[0]).lstrip('.')}"
+        return say("the weight of {name} is tied to {other}", name=name, other=".".join(held[0]).lstrip("."))
     bias = linear.bias
     if shifts and shifted:
         if linear.bias_place is not None:
             if bias is None or len(graph.owners[linear.bias_place.value]) > 1:
-                return f"what {name} adds as its bias is no parameter of its own"
+                return say("what {name} adds as its bias is no parameter of its own", name=name)
             if any(o.number not in numbers for o in graph.readers(linear.bias_place)):
-                return f"the bias of {name} is read elsewhere too"
+                return say("the bias of {name} is read elsewhere too", name=name)
         elif ("bias", None) not in modules[linear.owner[0]]._parameters.items():
-            return f"{name} has no place for a bias"
+            return say("{name} has no place for a bias", name=name)
         else:
             bias = (linear.owner[0], "bias")
         if side == "before" and linear.pads:
-            return f"{name} behind it pads with zeros, where its shift would be missing"
+            return say("{name} behind it pads with zeros, where its shift would be missing", name=name)
         if side == "before" and linear.transposed:
-            return f"{name} behind it is transposed, where its shift would be missing at the borders"
+            return say("{name} behind it is transposed, where its shift would be missing at the borders", name=name)
     there = channels >= 0
     index = channels.clamp_min(0).long().to(affine.scale.device)
     there = there.to(index.device)
@@ -123,7 +129,7 @@ def _absorber(
 def _writers(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Module]) -> list[_Use] | str:
     """The operations that wrote what the site reads in this visit."""
     if visit.entry is None:
-        return "it was called without a tensor"
+        return say("it was called without a tensor")
     inside = {o.number for o in graph.operations if o.visit is not None and graph.visits[o.visit].site == site.name}
     labels = _numbered(site.channels, visit.entry.layout, site.axis)
     return _trace(graph, visit.entry, labels, inside, True, modules)
@@ -135,24 +141,28 @@ def _trace(
     """Walk from what is read at `place` back to the convolutions and products that wrote it."""
     value, operation = graph.values[place.value], graph.writer(place)
     if operation is None or value.written is None:
-        return "it reads the model's input, or a tensor that no operation of the forward wrote"
+        return say("it reads the model's input, or a tensor that no operation of the forward wrote")
     passes = operation.name in CONVOLUTIONS + PRODUCTS + COPIES + MEANS + SUMS + ("cat",)
     if not passes:
-        return f"what it reads comes from {operation}"
+        return say("what it reads comes from {operation}", operation=str(operation))
     if others := [o for o in graph.readers(place) if o.number not in allowed]:
-        return f"what it reads, from {operation}, is also read by {others[0]}"
+        return say(
+            "what it reads, from {operation}, is also read by {other}", operation=str(operation), other=str(others[0])
+        )
     if place.value in graph.returned:
-        return f"what it reads, from {operation}, is also part of the model's output"
+        return say("what it reads, from {operation}, is also part of the model's output", operation=str(operation))
     carried = _carried(place, value.written, labels, value.elements)
     if carried is None:
-        return f"it reads what {operation} wrote through a view that repeats or reinterprets it"
+        return say(
+            "it reads what {operation} wrote through a view that repeats or reinterprets it", operation=str(operation)
+        )
     if operation.name in CONVOLUTIONS + PRODUCTS:
         linear = _linear(graph, operation, modules)
         if isinstance(linear, str):
             return linear
         channels = _channels(carried, linear.axis)
         if channels is None:
-            return f"its channels are not those of {operation}"
+            return say("its channels are not those of {operation}", operation=str(operation))
         return [_Use(linear, channels, shifted)]
     return _through(graph, operation, carried, shifted, modules)
 
@@ -187,13 +197,13 @@ def _through(
             left = _trace(graph, sides[0], labels, here, shifted, modules)
             right = _trace(graph, sides[1], labels, here, False, modules)
             return left if isinstance(left, str) else right if isinstance(right, str) else [*left, *right]
-    return f"what it reads comes from {operation}"
+    return say("what it reads comes from {operation}", operation=str(operation))
 
 
 def _readers(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Module]) -> list[_Use] | str:
     """The operations that read what the site gives in this visit: convolutions and products, all of them."""
     if visit.exit is None:
-        return "it gives no tensor"
+        return say("it gives no tensor")
     labels = _numbered(site.channels, visit.exit.layout, site.axis)
     return _follow(graph, visit.exit, labels, modules)
 
@@ -201,10 +211,10 @@ def _readers(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Mo
 def _follow(graph: Graph, place: Place, labels: Tensor, modules: Mapping[str, nn.Module]) -> list[_Use] | str:
     """Walk from what stands at `place` on to the convolutions and products that read it."""
     if place.value in graph.returned:
-        return "what it gives is part of the model's output"
+        return say("what it gives is part of the model's output")
     readers = graph.readers(place)
     if not readers:
-        return "nobody reads what it gives"
+        return say("nobody reads what it gives")
     uses: list[_Use] = []
     for operation in readers:
         source = operation.args.get("self")
@@ -213,23 +223,25 @@ def _follow(graph: Graph, place: Place, labels: Tensor, modules: Mapping[str, nn
             carried = _carried(place, source, labels, graph.values[place.value].elements)
             passed = None if carried is None else _shrunk(carried, operation)
             if passed is None:
-                return f"what it gives is mixed by {operation}"
+                return say("what it gives is mixed by {operation}", operation=str(operation))
             behind = _follow(graph, operation.writes[0], passed, modules)
             if isinstance(behind, str):
                 return behind
             uses += behind
             continue
         if operation.name not in CONVOLUTIONS + PRODUCTS:
-            return f"what it gives is read by {operation}"
+            return say("what it gives is read by {operation}", operation=str(operation))
         linear = _linear(graph, operation, modules)
         if isinstance(linear, str):
             return linear
         if linear.source.value != place.value or operation.where != linear.owner[0]:
-            return f"what it gives is used by {operation} otherwise than as the input of a layer"
+            return say(
+                "what it gives is used by {operation} otherwise than as the input of a layer", operation=str(operation)
+            )
         carried = _carried(place, linear.source, labels, graph.values[place.value].elements)
         channels = None if carried is None else _channels(carried, linear.axis)
         if channels is None or bool((channels < 0).any()):
-            return f"its channels are not those that {operation} reads"
+            return say("its channels are not those that {operation} reads", operation=str(operation))
         uses.append(_Use(linear, channels, True))
     return uses
 
@@ -237,7 +249,7 @@ def _follow(graph: Graph, place: Place, labels: Tensor, modules: Mapping[str, nn
 def _sisters(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Module]) -> list[_Use] | str:
     """A convolution that reads what the site reads, and whose output is summed with the site's."""
     if visit.entry is None or visit.exit is None or visit.exit.value in graph.returned:
-        return "it is not summed with a convolution of what it reads"
+        return say("it is not summed with a convolution of what it reads")
     place, uses = visit.exit, list[_Use]()
     readers = graph.readers(place)
     while len(readers) == 1 and readers[0].name == "add" and readers[0].args["other"] == 0:
@@ -255,7 +267,7 @@ def _sisters(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Mo
         whole = torch.equal(use.channels, torch.arange(site.channels, dtype=torch.int32))
         if whole and use.linear.source == visit.entry and _is_centred(use.linear):
             return [use._replace(shifted=True)]
-    return "it is not summed with a convolution of what it reads"
+    return say("it is not summed with a convolution of what it reads")
 
 
 def _is_centred(linear: _Linear) -> bool:
@@ -329,16 +341,18 @@ def _linear(graph: Graph, operation: Operation, modules: Mapping[str, nn.Module]
         source, weight = args.get("mat1", args.get("self")), args["mat2"]
         bias = args["self"] if operation.name == "addmm" else None
         if args.get("alpha", 1) != 1 or args.get("beta", 1) != 1:
-            return f"{operation} scales its terms"
+            return say("{operation} scales its terms", operation=str(operation))
     if not isinstance(weight, Place) or not isinstance(source, Place):
-        return f"{operation} has no weight"
+        return say("{operation} has no weight", operation=str(operation))
     owner = _owner(graph, weight)
     if owner is None:
-        return f"the weight of {operation} is computed in the forward, and is no parameter"
+        return say(
+            "the weight of {operation} is computed in the forward, and is no parameter", operation=str(operation)
+        )
     held = Layout.of(getattr(modules[owner[0]], owner[1]))
     flipped = Layout(held.size[::-1], held.stride[::-1], held.offset)
     if weight.layout != held and (operation.name not in ("addmm", "mm") or weight.layout != flipped):
-        return f"{operation} uses part of a weight, or another view of it"
+        return say("{operation} uses part of a weight, or another view of it", operation=str(operation))
     convolves = operation.name in CONVOLUTIONS
     transposed = bool(args.get("transposed", False))
     padding = args.get("padding", 0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from renorm.absorb import Absorber
 from renorm.affine import Affine
+from renorm.said import say
 from renorm.sites import find_sites, walk
 
 __all__ = ["Fold", "Proof", "distance", "remainder", "share"]
@@ -78,13 +79,17 @@ class Proof:
     def verdict(self, fold: Fold) -> str | None:
         """Why the fold does not hold; None where it does."""
         if fold.site in self.broken:
-            return "what it computes is not one scale and shift per channel, followed by its activation"
+            return say("what it computes is not one scale and shift per channel, followed by its activation")
         error = self.errors.get(fold.site, 0.0)
         if error > self.tolerance:
-            return f"folding it moved its own output by {share(error)}, more than {share(self.tolerance)}"
+            return say(
+                "folding it moved its own output by {error}, more than {limit}",
+                error=share(error),
+                limit=share(self.tolerance),
+            )
         points = [fold.site] if fold.after else [a.module for a in fold.absorbers]
         if any(self._seen.get(point, 0) != len(self._expected.get(point, ())) for point in points):
-            return "it could not be replaced: the model holds it somewhere beside its modules"
+            return say("it could not be replaced: the model holds it somewhere beside its modules")
         return None
 
     def _record(self, stack: ExitStack, modules: Mapping[str, nn.Module]) -> None:
@@ -171,4 +176,4 @@ def distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 
 def share(value: float) -> str:
-    return f"{value:.1e} of its largest value"
+    return say("{value:.1e} of its largest value", value=value)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from renorm.cli.base import option
 from renorm.cli.subject import OnExample, notes
+from renorm.said import follow, say
 
 if TYPE_CHECKING:
     from renorm.cli.screen import Screen
@@ -47,17 +48,20 @@ class ExportModel(OnExample):
             origin={"command": self.written(), "checkpoint": loaded},
             force=self.force,
         )
-        gone = (
-            "" if made.folded is None else f" {len(made.folded.folded)} batch norms are folded into their neighbours."
+        text = say(
+            "Run from the file, its outputs differ by at most {error:.1e} of the largest.", error=made.max_rel_error
         )
+        if made.folded is not None:
+            gone = len(made.folded.folded)
+            text = follow(text, say("{count} batch norms are folded into their neighbours.", count=gone))
         return Report(
             command=self.name,
             model=self.model,
             data=self.data,
             verdict=Words(
-                f"Run from the file, its outputs differ by at most {made.max_rel_error:.1e} of the largest.{gone}",
+                text,
                 "good",
-                f"Written to {self.output}",
+                say("Written to {output}", output=self.output),
             ),
             blocks=() if made.folded is None else folding.blocks(made.folded),
             result={
@@ -68,4 +72,5 @@ class ExportModel(OnExample):
                 "folded": None if made.folded is None else folding.result(made.folded),
             },
             notes=(*made.notes, *notes(model)),
+            origin=self.origin_of(model, None),
         )

@@ -58,5 +58,6 @@ class FoldNorms(OnExample):
             blocks=page.blocks(folded),
             result=page.result(folded) | {"output": self.output if folded.folded else None},
             notes=notes(model),
+            origin=self.origin_of(model, None),
             exit_code=0 if folded.folded else 1,
         )

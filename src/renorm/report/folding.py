@@ -6,6 +6,7 @@ from typing import Any
 
 from renorm.fold import Folded
 from renorm.report.base import Block, Table, Words
+from renorm.said import say
 
 ROWS = 12
 
@@ -15,25 +16,31 @@ def verdict(folded: Folded, *, output: str) -> Words:
     total = len(folded.folded) + len(folded.kept)
     if not folded.folded:
         return Words(
-            "Nothing was written: the model would be the one you have.", "doubt", "No batch norm can be folded"
+            say("Nothing was written: the model would be the one you have."),
+            "doubt",
+            say("No batch norm can be folded"),
         )
-    text = (
-        f"On the example its outputs differ by at most {folded.max_rel_error:.1e} of the largest. Written to {output}."
+    text = say(
+        "On the example its outputs differ by at most {error:.1e} of the largest. Written to {output}.",
+        error=folded.max_rel_error,
+        output=output,
     )
-    return Words(text, "good", f"{len(folded.folded)} of {total} batch norms are folded")
+    title = say("{count} of {total} batch norms are folded", count=len(folded.folded), total=total)
+    return Words(text, "good", title)
 
 
 def blocks(folded: Folded) -> tuple[Block, ...]:
     """Those that stayed, by their reasons, the most frequent first."""
     groups: dict[str, list[str]] = {}
     for site, why in folded.kept.items():
-        groups.setdefault(why, []).append(site or "the model itself")
+        groups.setdefault(why, []).append(site or say("the model itself"))
     if not groups:
         return ()
     most = sorted(groups.items(), key=lambda group: -len(group[1]))
-    rows = tuple((str(len(sites)), sites[0], why) for why, sites in most[:ROWS])
-    note = f"{len(most) - ROWS} more reasons in --format json." if len(most) > ROWS else ""
-    return (Table("These stayed", ("norms", "first", "why"), rows, words=("first", "why"), note=note),)
+    rows = tuple((str(len(sites)), sites[0], reason) for reason, sites in most[:ROWS])
+    note = say("{count} more reasons in --format json.", count=len(most) - ROWS) if len(most) > ROWS else ""
+    first, why = say("first"), say("why")
+    return (Table(say("These stayed"), (say("norms"), first, why), rows, words=(first, why), note=note),)
 
 
 def result(folded: Folded) -> dict[str, Any]:
