@@ -39,11 +39,16 @@ class Training(Suite):
     timed: ClassVar[bool] = True
 
     def cells(self) -> Iterator[Cell]:
-        for batch in BATCHES:
+        # what says most in the least time comes first: an interrupted run has a table too
+        for batch in reversed(BATCHES):
             for way in WAYS:
                 for rate in RATES:
                     for seed in range(self.seeds):
                         yield Cell.of(on="digits", batch=batch, way=way, rate=rate, seed=seed)
+            if batch == BATCHES[-1]:
+                yield from self._larger()
+
+    def _larger(self) -> Iterator[Cell]:
         for way in WAYS if self.size == "full" else (NONE, "batch"):
             for rate in RATES:
                 for seed in range(self.seeds):
