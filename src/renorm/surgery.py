@@ -20,7 +20,11 @@ from renorm.state import Undo
 
 # How far two evaluations may part on the probe and still agree, beside their largest value; arithmetic differs in its order.
 AGREE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # what `to="batch"` leaves alone, and goes back to
+PLAIN: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+)  # what `to="batch"` leaves alone, and goes back to
 
 
 def convert_(
@@ -83,8 +87,8 @@ class Conversion:
     """
 
     def __init__(self, places: Sequence[Place], kept: Mapping[str, str]) -> None:
-        self.converted = tuple(place.name for place in places)
-        self.kept = dict(kept)
+        self.converted: tuple[str, ...] = tuple(place.name for place in places)
+        self.kept: dict[str, str] = dict(kept)
         self.distance: dict[str, float] = {}
         self._layers: dict[str, tuple[nn.Module, nn.Module]] = {}
         self._links: list[tuple[nn.Module, str, nn.Module]] = []

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.layers.catalogue import CONSTANT, TRACKING, every_layer, every_tracki
 
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SHAPES = {2: (6, 4), 3: (6, 4, 5), 4: (6, 4, 3, 3), 5: (6, 4, 2, 3, 2), 6: (4, 4, 2, 2, 1, 2)}
+PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
 every_rank = pytest.mark.parametrize("rank", sorted(SHAPES))
 
 
@@ -377,6 +379,8 @@ def test_it_says_what_it_is(name: str) -> None:
     assert layer.__doc__
     assert layer.cites.startswith("@") or name == "frozen"
     assert getattr(layers, layer.__name__) is layer
+    assert f"`{name}`" in PAGE.read_text(encoding="utf-8")
+    assert f"`{layer.__name__}`" in PAGE.read_text(encoding="utf-8")
     text = repr(layer(4))
     assert all(f"{option}=" in text for option in layer.options)
     assert set(layer.options) <= set(options_of(layer))

@@ -121,7 +121,7 @@ class Tracking(Layer, _NormBase):
         _NormBase.__init__(self, num_features, eps, momentum, affine, True, device, dtype)
         # not in the state: torch's batch norm has no such key, and a checkpoint must go both ways
         self.register_buffer("skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
-        self.axis = axis
+        self.axis: int = axis
         self._set_act(act)
 
     def forward(self, x: Tensor) -> Tensor:

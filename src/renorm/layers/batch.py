@@ -37,6 +37,10 @@ class BatchNorm(LazyModuleMixin, Tracking):
         "Covariate Shift}, author={Ioffe, Sergey and Szegedy, Christian}, booktitle={ICML}, year={2015}}"
     )
 
+    num_features: int
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(
         self,
         num_features: int | None = None,

@@ -51,8 +51,11 @@ class BatchRenorm(Mixing):
             raise UsageError(
                 f"the bounds open from `start` on, until r_end and d_end; got {start!r}, {r_end!r} and {d_end!r}."
             )
-        self.r_max, self.d_max = r_max, d_max
-        self.start, self.r_end, self.d_end = start, r_end, d_end
+        self.r_max: float = r_max
+        self.d_max: float = d_max
+        self.start: int = start
+        self.r_end: int = r_end
+        self.d_end: int = d_end
 
     def _normalised(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -44,7 +44,8 @@ class Blended(Mixing):
             raise UsageError(f"source_weight is the share of what the layer holds, in [0, 1]; got {source_weight!r}.")
         if prior is not None and not prior >= 0:
             raise UsageError(f"prior is the number of images that what the layer holds counts as; got {prior!r}.")
-        self.source_weight, self.prior = source_weight, prior
+        self.source_weight: float | None = source_weight
+        self.prior: float | None = prior
 
     def _normalised(self, x: Tensor) -> Tensor:
         held = self._held(x)

@@ -24,7 +24,7 @@ class Frozen(Tracking):
 
     def __init__(self, num_features: int, *, train_affine: bool = False, **common: Any) -> None:
         super().__init__(num_features, **common)
-        self.train_affine = train_affine
+        self.train_affine: bool = train_affine
         self._set_flags()
 
     def take_(self, held: BatchNormTensors) -> None:

@@ -34,7 +34,7 @@ class Ghost(Tracking):
         super().__init__(num_features, **common)
         if size < 1:
             raise UsageError(f"size is the number of images in a ghost batch, 1 or more; got {size!r}.")
-        self.size = size
+        self.size: int = size
 
     def _normalised(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -47,7 +47,8 @@ class Group(Layer, nn.GroupNorm):
         if groups < 1 or num_features % groups:
             raise UsageError(f"groups must divide the channels, {num_features}; got {groups!r}.")
         nn.GroupNorm.__init__(self, groups, num_features, eps=eps, affine=affine, device=device, dtype=dtype)
-        self.num_features, self.axis = num_features, axis
+        self.num_features: int = num_features
+        self.axis: int = axis
         self._set_act(act)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class InstanceAware(Tracking):
         super().__init__(num_features, **common)
         if not k >= 0:
             raise UsageError(f"k is a number of standard errors, 0 or more; got {k!r}.")
-        self.k = k
+        self.k: float = k
 
     def _normalised(self, x: Tensor) -> Tensor:
         images = by_image(x)

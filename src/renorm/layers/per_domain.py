@@ -44,7 +44,7 @@ class Sets(Tracking):
         self._sets = list(sets)
         self.on_slot: Callable[[str, Tensor], None] | None = None
         self.current: Domains | None = None
-        self.extra = Extra()
+        self.extra: Extra = Extra()
         rows = len(sets) - 1
         self.extra.register_buffer("mean", self.running_mean.repeat(rows, 1))
         self.extra.register_buffer("var", self.running_var.repeat(rows, 1))

@@ -43,7 +43,8 @@ class Shrink(Mixing):
             raise UsageError(f"floor is the least share of what the layer holds, in [0, 1]; got {floor!r}.")
         if not noise >= 0:
             raise UsageError(f"noise is what a squared standard error counts, 0 or more; got {noise!r}.")
-        self.floor, self.noise = floor, noise
+        self.floor: float = floor
+        self.noise: float = noise
 
     def _normalised(self, x: Tensor) -> Tensor:
         held = self._held(x)

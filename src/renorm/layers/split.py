@@ -33,7 +33,7 @@ class Split(Sets):
         if splits < 1:
             raise UsageError(f"splits is the number of parts of a batch, 1 or more; got {splits!r}.")
         super().__init__(num_features, ["main", *(f"aux{i}" for i in range(1, splits))], **common)
-        self.splits = splits
+        self.splits: int = splits
 
     def _default(self, x: Tensor) -> Tensor:
         count = x.shape[0]

@@ -34,7 +34,7 @@ class Stochastic(Mixing):
         super().__init__(num_features, **common)
         if not 0 <= p <= 1:
             raise UsageError(f"p is the probability that a channel is normalised by the batch, in [0, 1]; got {p!r}.")
-        self.p = p
+        self.p: float = p
 
     def _normalised(self, x: Tensor) -> Tensor:
         if not self.training:
