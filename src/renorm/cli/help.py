@@ -50,9 +50,14 @@ def of_command(kind: type[Command], words: Sequence[str]) -> str:
 def usage(kind: type[Command]) -> str:
     """`renorm recalibrate MODEL DATA -o OUT`."""
     known = settings(kind)
-    places = [s.key.upper() if s.required else f"[{s.key.upper()}]" for s in known if s.positional]
+    places = [_place(s) for s in known if s.positional]
     needed = [f"{s.short or s.flag} {placeholder(s)}" for s in known if s.required and not s.positional]
     return " ".join(["renorm", kind.name, *places, *needed])
+
+
+def _place(setting: Setting) -> str:
+    name = setting.key.upper() + (" …" if setting.many else "")
+    return name if setting.required else f"[{name}]"
 
 
 def _described(setting: Setting) -> tuple[str, str]:
