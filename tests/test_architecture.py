@@ -35,7 +35,7 @@ ROOMS = (
     # judgement: values in, findings out
     *("rules", "doctor", "recommend"),
     # edges: files, screens, users
-    *("preprocessing", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
+    *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
 EDGES = ROOMS[ROOMS.index("preprocessing") :]
 FAMILIES = ("layers", "methods", "rules")  # folders with a base.py and a catalogue

@@ -13,7 +13,10 @@ from renorm.cli.parse import every_setting, placeholder
 WIDTH = 80
 GAP = 26  # columns before the words about an option: "  --batch-size N" and its like fit
 
-MODEL = "MODEL is timm:NAME, file.py:factory or package.module:factory; weights come with --checkpoint FILE."
+MODEL = (
+    "MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, file.py:factory or package.module:factory; weights come with "
+    "--checkpoint FILE."
+)
 DATA = "DATA is an image folder, a .npz or .npy file, or digits (small images that are always there)."
 
 

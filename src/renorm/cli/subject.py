@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from renorm.datasets.base import Dataset
     from renorm.models import Model
 
-MODEL = "timm:NAME, torchvision:NAME, file.py:factory or package.module:factory"
+MODEL = "timm:NAME, torchvision:NAME, hf:ORG/NAME, file.py:factory or package.module:factory"
 DATA = "an image folder, a .npz or .npy file, or digits"
 
 
@@ -24,7 +24,7 @@ class OnModel(Command):
 
     model: str = argument(MODEL)
     checkpoint: str = option("", "weights to load: .safetensors, or a .pt of weights alone", metavar="FILE")
-    pretrained: bool = option(False, "fetch the published weights of a timm or torchvision model")
+    pretrained: bool = option(False, "fetch the published weights of a timm, torchvision or hf model")
     num_classes: int | None = option(None, "build the model with so many outputs")
     batch_size: int = option(64, "samples in a batch")
     limit: int | None = option(None, "read at most so many samples, drawn at random")
