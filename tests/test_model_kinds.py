@@ -251,3 +251,18 @@ def test_the_command_line_opens_mends_and_writes_them_all(
     finally:
         leave_group()
         torch._dynamo.reset()
+
+
+def test_a_loader_with_workers_is_read_like_any_other() -> None:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    torch.manual_seed(0)
+    model = lived(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    images, labels = photos(48) * 5, torch.arange(48) % 4
+    loader = DataLoader(TensorDataset(images, labels), batch_size=16, num_workers=2)
+    by_list = renorm.observe(model, list(images.split(16)), under="batch")["1"].values
+    by_workers = renorm.observe(model, loader, under="batch")["1"].values
+    assert torch.equal(by_list.mean, by_workers.mean)
+    adaptation = renorm.recalibrate_(model, loader, check=loader, output=lambda out: out.mean((2, 3)))
+    assert adaptation.samples == 48
+    adaptation.restore_()

@@ -17,7 +17,10 @@ MODEL = (
     "MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, file.py:factory or package.module:factory; weights come with "
     "--checkpoint FILE."
 )
-DATA = "DATA is an image folder, a .npz or .npy file, or digits (small images that are always there)."
+DATA = (
+    "DATA is an image folder, .npz, .npy, .csv, .parquet, .tar shards, hf:NAME, or digits (small images that are always "
+    "there)."
+)
 
 
 def of_renorm(commands: Mapping[str, type[Command]], version: str) -> str:
