@@ -570,8 +570,8 @@ def test_groups_of_an_archive_are_one_of_its_arrays(tmp_path: Path) -> None:
     assert load_data(path, group="camera", seed=None).groups == ("3", "1", "1", "2")
     assert load_data(path).groups is None
     assert len(load_data(path, group="where", limit=2).groups or ()) == 2
-    with pytest.raises(UnknownName, match=r"array in data\.npz: 'wher'; did you mean 'where'"):
-        load_data(path, group="wher")
+    with pytest.raises(UnknownName, match=r"array in data\.npz: 'wheree'; did you mean 'where'"):
+        load_data(path, group="wheree")
     with pytest.raises(DataError, match=r"images holds 4 samples, the groups images have the shape \(4, 8, 8, 3\)"):
         load_data(path, group="images")
     with pytest.raises(UsageError, match=r"digits have no groups, and --group where was asked for"):

@@ -27,7 +27,7 @@ LARGEST = {"quick": 32.0, "full": 140.0}  # million parameters of a member that 
 SIDES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)  # smaller maps end as one value per channel
 BATCHES = (3, 2)
 # What other libraries call the kinds of norm layers that `find_sites` knows; the twin goes by the names of the classes.
-NAMED = re.compile(r"(?i)^(frozen)?(batch|layer|group|instance|rms)_?norm")
+NAMED = re.compile(r"(?i)^(frozen)?(batch|layer|group|instance|rms|simple)_?norm")
 
 
 class Breadth(Suite):
@@ -98,10 +98,17 @@ def _sites(model: nn.Module) -> dict[str, float]:
     named = {name for name, module in model.named_modules() if NAMED.match(type(module).__name__)}
     wrapped = {name for name in named if any(other.startswith(f"{name}.") for other in named)}
     batch = {name: site.channels for name, site in found.items() if site.kind == "batch"}
+    around = {name.rpartition(".")[0] for name in found}
+    others = {
+        name
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and name not in found and list(module.parameters(recurse=False))
+    }
     expected = held.keys() | (named - wrapped)
     return {
         "batch": len(batch),
         "other": len(found) - len(batch),
+        "of no kind": len(others - around),
         "missed": len(expected - found.keys()),
         "invented": len(found.keys() - expected) + sum(held.get(name) != count for name, count in batch.items()),
     }

@@ -19,7 +19,8 @@ one with the fewest parameters, the image the smallest square of 64 pixels or mo
 random images in two batches.
 
 - **sites**: batch norms are compared with the modules that hold a running mean, their channels too; other norm layers with the
-  names of the classes.
+  names of the classes. **No kind** counts modules with parameters whose class is called a norm and that is none of batch,
+  layer, group, instance or rms norm, such as ConvNeXt's global response norm; renorm leaves them alone.
 - **observe**: the largest difference from float64 moments of the inputs that plain forward hooks kept, in standard deviations
   of the values, for `under="running"` (hooks in a run of their own) and `under="batch"`; and for the latter the largest
   relative difference of any layer's output from float64 batch norm in training mode.
@@ -66,7 +67,7 @@ def table(rows: Sequence[Row], *, left_out: int) -> str:
             row.cell["member"],
             f"{row.values['millions']:.1f}",
             f"{row.values['side']:.0f}",
-            *(f"{row.values[name]:.0f}" for name in ("batch", "other", "unvisited")),
+            *(f"{row.values[name]:.0f}" for name in ("batch", "other", "of no kind", "unvisited")),
             *(_shown(row.values[name], row) for name in ("running", "by batch", "output")),
             ", ".join(wrong(row)) or "–",
         )
