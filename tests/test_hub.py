@@ -283,3 +283,21 @@ def test_a_hub_model_is_recalibrated_on_the_command_line(
     said = capsys.readouterr()
     assert said.out == ""
     assert "neither a folder nor in the cache" in said.err
+
+
+def test_a_text_model_is_evaluated_on_a_table_by_clinic(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{'very ' * (k % 4)}{('good', 'bad')[k % 2]} film,{('yes', 'no')[k % 2]},c{k % 3}" for k in range(12)]
+    Path("films.csv").write_text("\n".join(["text,label,clinic", *rows]))
+    assert main("evaluate hf:bert films.csv --inputs text --group clinic --format json".split()) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    model = open_model("hf:bert")
+    assert model.tokenize is not None
+    with torch.no_grad():
+        logits = model.module(**model.tokenize([row.partition(",")[0] for row in rows])).logits
+    truth = torch.tensor([1, 0] * 6)  # the model's classes are no and yes
+    assert result["value"] == pytest.approx(float((logits.argmax(1) == truth).double().mean()))
+    assert {group["group"] for group in result["groups"]} == {"c0", "c1", "c2"}
+    assert main("doctor hf:bert films.csv --inputs text --group clinic".split()) == 0

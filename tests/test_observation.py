@@ -16,12 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from renorm.bench.beds import ResNet20, error
 from renorm.cli import main
 from renorm.errors import CheckpointError, FileExists, ModelError, UsageError
 from renorm.observation import Observation
 from renorm.observe import observe
 from renorm.recalibrate import recalibrate_
+from renorm.sites import find_sites
 from tests.contracts.photograph import differences, photograph
+from tests.data import shared
 from tests.reference import moments as twin
 from tests.zoo import lived
 
@@ -311,6 +314,28 @@ def test_what_needs_the_batches_themselves_is_refused() -> None:
         recalibrate_(model, seen, method="equal_mix")
     with pytest.raises(UsageError, match=r"tolerance=0\.1 says when to stop reading batches, and moments were given"):
         recalibrate_(model, seen, tolerance=0.1)
+
+
+@pytest.mark.slow
+def test_on_real_images_two_sites_mend_as_one_and_moments_behind_old_statistics_would_ruin() -> None:
+    """ResNet-20 at low contrast, 300 images a site; the larger run gave 76.6 % error before, 34.8 merged, 34.4 mixed."""
+    bed = ResNet20(shared("nets.py").parent, 400, 300)
+    model, held_out = bed.model(), bed.held_out("contrast", seed=0)
+    sites = [bed.pool("contrast", seed=k).first(200).unlabelled() for k in range(2)]
+
+    def recalibrated(batches: Any) -> float:
+        adaptation = recalibrate_(model, batches, prior=0)
+        found = error(model, held_out)
+        adaptation.restore_()
+        return found
+
+    merged = recalibrated(observe(model, sites[0], under="batch").merge(observe(model, sites[1], under="batch")))
+    assert merged < error(model, held_out) - 30
+    assert abs(merged - recalibrated([*sites[0], *sites[1]])) < 1e-6
+    running = observe(model, sites[0], under="running").merge(observe(model, sites[1], under="running"))
+    for site in find_sites(model):
+        site.write_(running[site.name].values)
+    assert error(model, held_out) > 80, "what recalibrate_ refuses to write"
 
 
 # ── the command line ──

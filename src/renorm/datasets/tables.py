@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,13 @@ class _Parquet:
         about = self._file.metadata
         groups = [about.row_group(k) for k in range(about.num_row_groups)]
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
-        self._bytes = [_sizes(group) for group in groups]
-        self._nulls = [_nulls(group) for group in groups]
         schema = self._file.schema_arrow
         twice = [name for name in schema.names if schema.names.count(name) > 1]
         if twice:  # pandas numbers those of a .csv by itself
             raise DataError(f"{path} has several columns called {twice[0]!r}. Name them apart.")
         self.columns = {each.name: Column(_kind(each.type, arrow.types)) for each in schema}
+        self._bytes = [_sizes(group, schema.names) for group in groups]
+        self._nulls = [_nulls(group, schema.names) for group in groups]
         self._held: OrderedDict[tuple[int, str], Any] = OrderedDict()
         self._room = 1
 
@@ -176,21 +176,24 @@ def _windows(sizes: Sequence[int], seed: int | None) -> list[list[int]]:
     return windows
 
 
-def _top(group: Any, column: int) -> str:
-    return str(group.column(column).path_in_schema).partition(".")[0]
-
-
-def _sizes(group: Any) -> dict[str, int]:
-    """Bytes of each column of a row group in memory; nested ones by the column they belong to."""
-    found: dict[str, int] = {}
+def _leaves(group: Any, names: Sequence[str]) -> Iterator[tuple[str, bool, Any]]:
+    """Each stored column of a row group: the name of the column it belongs to, whether it is that one itself, and it."""
     for k in range(group.num_columns):
-        found[_top(group, k)] = found.get(_top(group, k), 0) + int(group.column(k).total_uncompressed_size)
+        path = group.column(k).path_in_schema  # nested ones are written a.list.element; names may hold dots themselves
+        yield max((n for n in names if f"{path}.".startswith(f"{n}.")), key=len), path in names, group.column(k)
+
+
+def _sizes(group: Any, names: Sequence[str]) -> dict[str, int]:
+    """Bytes of each column of a row group in memory."""
+    found: dict[str, int] = {}
+    for name, _, leaf in _leaves(group, names):
+        found[name] = found.get(name, 0) + int(leaf.total_uncompressed_size)
     return found
 
 
-def _nulls(group: Any) -> dict[str, int]:
-    flat = [k for k in range(group.num_columns) if "." not in group.column(k).path_in_schema]
-    said = {_top(group, k): group.column(k).statistics for k in flat}
+def _nulls(group: Any, names: Sequence[str]) -> dict[str, int]:
+    """How many rows of a row group hold nothing, for columns that say so and hold no others."""
+    said = {name: leaf.statistics for name, whole, leaf in _leaves(group, names) if whole}
     return {name: int(each.null_count) for name, each in said.items() if each is not None and each.has_null_count}
 
 
