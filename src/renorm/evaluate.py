@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from renorm.sites import unwrap
 from renorm.state import evaluating, preserving
 
 Metric = str | Callable[[Any, Any], float | Tensor]
-Groups = str | Sequence[Any] | Tensor | Callable[[Any], Any]
+Groups = str | Iterable[Any] | Callable[[Any], Any]
 LOWER_IS_BETTER = ("nll", "ece", "mse", "mae")
 BOOTSTRAP = 200  # resamples: the interval's own error is then about a tenth of its width
 
@@ -38,7 +38,7 @@ class Score(Faces):
     nll: float
     ece: float
     metric: str
-    groups: Mapping[str, Score] = field(default_factory=dict)
+    groups: Mapping[str, Score] = field(default_factory=dict[str, "Score"])
 
 
 class Outputs(NamedTuple):

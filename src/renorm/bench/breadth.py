@@ -33,8 +33,8 @@ NAMED = re.compile(r"(?i)^(frozen)?(batch|layer|group|instance|rms|simple)_?norm
 class Breadth(Suite):
     """Is every norm layer found, measured as a float64 hook measures it, and given back bit for bit, in every family?"""
 
-    name: ClassVar = "breadth"
-    revision: ClassVar = 1
+    name: ClassVar[str] = "breadth"
+    revision: ClassVar[int] = 1
 
     def cells(self) -> Iterator[Cell]:
         for family, (member, millions) in FAMILIES.items():
