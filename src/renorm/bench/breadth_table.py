@@ -48,19 +48,8 @@ def table(rows: Sequence[Row], *, left_out: int) -> str:
         f"{sum(int(row.values['batch']) for row in rows):,} are batch norms. {left_out} families whose smallest member is "
         "larger than this size of the suite runs were left out.\n"
     )
-    head = (
-        "family",
-        "member",
-        "million",
-        "side",
-        "batch",
-        "other",
-        "unreached",
-        "running",
-        "batch ",
-        "output",
-        "wrong",
-    )
+    head = ["family", "member", "million", "side", "batch", "other", "no kind", "unreached", "running", "by batch"]
+    head += ["output", "wrong"]
     lines = [
         (
             row.cell["family"],
