@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from renorm.errors import ModelError, UsageError, require
+from renorm.said import say, some
 
 __all__ = ["HubModel", "Tokenize", "open_hub_model"]
 
@@ -100,7 +101,7 @@ def _built(
         held = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
         if weights and not held:
             made = _found(name, False, lambda: builder.from_config(config))
-            return made, ("the folder holds no weights: they are random (seed 0)",)
+            return made, (say("the folder holds no weights: they are random (seed 0)"),)
     if not weights:
         return _found(name, False, lambda: builder.from_config(config)), ()
     fetch = not where["local_files_only"]
@@ -114,8 +115,11 @@ def _built(
     absent = sorted({*map(str, info["missing_keys"]), *(str(each[0]) for each in info["mismatched_keys"])})
     if not absent:
         return loaded, ()
-    shown = ", ".join(absent[:4]) + (" …" if len(absent) > 4 else "")
-    return loaded, (f"{len(absent)} tensors are not in its weights, and random (seed 0): {shown}",)
+    return loaded, (
+        say(
+            "{count} tensors are not in its weights, and random (seed 0): {some}", count=len(absent), some=some(absent)
+        ),
+    )
 
 
 def _found(name: str, fetch: bool, get: Callable[[], Any]) -> Any:
@@ -146,9 +150,9 @@ def _tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:  # a tokenizer may be missing, half there, or need a package of its own
         said = " ".join(str(error).split())[:120]
-        return None, (f"it has no tokenizer that can be opened, so texts cannot be read for it ({said})",)
+        return None, (say("it has no tokenizer that can be opened, so texts cannot be read for it ({why})", why=said),)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers where the files are missing
-        return None, ("it has no tokenizer, so texts cannot be read for it",)
+        return None, (say("it has no tokenizer, so texts cannot be read for it"),)
     limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or LONGEST)
     longest = int(min(limits))
 
@@ -156,7 +160,7 @@ def _tokenizer(
         found = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
-    return tokenize, (f"texts are cut after {longest} tokens",)
+    return tokenize, (say("texts are cut after {longest} tokens", longest=longest),)
 
 
 def _preprocessing(
@@ -172,12 +176,14 @@ def _preprocessing(
     resized = _side(said.get("size"))
     final = cut or resized or _side(getattr(config, "image_size", None))
     if final is None:
-        return {}, ("its image processor states no size",)
+        return {}, (say("its image processor states no size"),)
     share = min(1.0, min(final) / min(resized)) if cut and resized else float(said.get("crop_pct") or 1.0)
     normalised = said.get("do_normalize", True)
     notes: tuple[str, ...] = ()
     if not cut and isinstance(said.get("size"), Mapping) and "height" in said["size"]:
-        notes = ("its image processor squashes images to its size; renorm keeps their proportions and cuts the edges",)
+        notes = (
+            say("its image processor squashes images to its size; renorm keeps their proportions and cuts the edges"),
+        )
     return {
         "input_size": (int(getattr(config, "num_channels", 3)), *final),
         "mean": tuple(said["image_mean"]) if normalised and said.get("image_mean") else 0.0,

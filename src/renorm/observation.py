@@ -22,6 +22,7 @@ from renorm.errors import CheckpointError, ModelError, UsageError
 from renorm.files import writing
 from renorm.moments import Moments, Observed
 from renorm.provenance import fingerprint, provenance
+from renorm.said import say
 from renorm.sites import find_sites
 
 __all__ = ["Observation", "Under"]
@@ -69,11 +70,12 @@ class Observation(dict[str, Observed]):
         """What is approximate in moments that were merged, in words; "" where nothing is."""
         if self.under == "running" or len(self.parts) < 2:
             return ""
-        return (
-            f"the {len(self.parts)} parts were measured under='batch': pooled they equal, exactly, one pass over the batches "
-            "of all parts as they were. What batches that mix the parts would have given they equal only at the first batch "
-            "norm: after it, each part was normalised by its own batches, and differences between the parts are seen smaller "
-            "than they are."
+        return say(
+            "the {count} parts were measured under='batch': pooled they equal, exactly, one pass over the batches of all "
+            "parts as they were. What batches that mix the parts would have given they equal only at the first batch norm: "
+            "after it, each part was normalised by its own batches, and differences between the parts are seen smaller than "
+            "they are.",
+            count=len(self.parts),
         )
 
     def merge(self, other: Observation) -> Observation:

@@ -18,6 +18,7 @@ from renorm.datasets.arrays import LABELS, numbered
 from renorm.datasets.base import Dataset, Indices, Options, assemble
 from renorm.datasets.images import LOOKED, Decoder, Source
 from renorm.errors import DataError, UnknownName, UsageError
+from renorm.said import listed, say, some
 
 __all__ = ["Column", "Kind", "Rows", "read_columns"]
 
@@ -74,7 +75,9 @@ def read_columns(spec: str, rows: Rows, options: Options, *, fingerprint: str, f
     order, in_pieces = rows.order(options, chosen)
     if kind == "number":
         reader: Any = _Numbers(spec, rows, tuple(chosen))
-        said += (f"the input is {len(chosen)} columns of numbers, as they are: {_some(chosen)}",)
+        said += (
+            say("the input is {count} columns of numbers, as they are: {some}", count=len(chosen), some=some(chosen)),
+        )
     elif kind == "list":
         reader = _Lists(spec, rows, chosen[0])
     elif kind == "text" and options.tokenize is not None:
@@ -109,7 +112,9 @@ def _label(spec: str, rows: Rows, options: Options) -> tuple[str, tuple[str, ...
         return options.labels, ()
     lower = {name.lower(): name for name in reversed(list(rows.columns))}
     found = next((lower[name] for name in LABELS if name in lower), "")
-    return found, () if found else (f"no labels: no column is called {', '.join(LABELS)} (--labels NAME says which)",)
+    if found:
+        return found, ()
+    return "", (say("no labels: no column is called {names} (--labels NAME says which)", names=listed(LABELS)),)
 
 
 def _inputs(spec: str, rows: Rows, options: Options, *, taken: set[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -134,7 +139,7 @@ def _inputs(spec: str, rows: Rows, options: Options, *, taken: set[str]) -> tupl
             f"{spec} holds {held} for the model's input: {_some([f'{n} ({k})' for n, k in columns.items()]) or 'nothing'}. "
             "Say which column with --inputs NAME (inputs=): texts for a text model, or paths of images."
         )
-    return chosen, (f"columns left out: {_some(others)}",) if others else ()
+    return chosen, (say("columns left out: {some}", some=some(others)),) if others else ()
 
 
 def _refuse_gaps(spec: str, rows: Rows, names: Sequence[str]) -> None:

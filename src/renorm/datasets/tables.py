@@ -13,6 +13,7 @@ from renorm.datasets.base import Dataset, Indices, Options
 from renorm.datasets.columns import Column, Kind, read_columns
 from renorm.errors import DataError, UsageError, require
 from renorm.files import sha256
+from renorm.said import say
 
 __all__ = ["SUFFIXES", "read"]
 
@@ -135,7 +136,12 @@ class _Parquet:
             for window in windows
         ]
         most = max(map(len, windows))
-        note = f"larger than {WINDOW >> 20} MB: shuffled by row groups, and rows among {most} of {len(sizes)} at a time"
+        note = say(
+            "larger than {size} MB: shuffled by row groups, and rows among {most} of {count} at a time",
+            size=WINDOW >> 20,
+            most=most,
+            count=len(sizes),
+        )
         return np.concatenate(parts), (note,)
 
     def _places(self, indices: Indices) -> Any:

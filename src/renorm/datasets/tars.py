@@ -20,6 +20,7 @@ from renorm.datasets.arrays import LABELS, numbered
 from renorm.datasets.base import Dataset, Indices, Options, assemble
 from renorm.datasets.images import LOOKED, SUFFIXES, Decoder, Source
 from renorm.errors import DataError, UsageError, require
+from renorm.said import listed, say
 
 __all__ = ["is_shards", "read"]
 
@@ -74,9 +75,10 @@ def read(spec: str, options: Options) -> Dataset:
     if not held:
         kinds = ", ".join(f"{n} .{kind}" for kind, n in Counter(m for s in samples for m in s.members).most_common(6))
         raise DataError(f"{spec} holds no images ({', '.join(SUFFIXES)}); found: {kinds or 'nothing'}.")
-    notes = (f"{len(samples) - len(held)} of {len(samples)} samples hold no image: left out",) * (
-        len(held) < len(samples)
-    )
+    notes: tuple[str, ...] = ()
+    if len(held) < len(samples):
+        without = len(samples) - len(held)
+        notes += (say("{count} of {total} samples hold no image: left out", count=without, total=len(samples)),)
     decode = Decoder(options.preprocessing)
 
     def sources(indices: Indices) -> list[Source]:
@@ -166,7 +168,7 @@ def _members(shard: Path) -> Iterator[tuple[str, _Place]]:
 def _labels(spec: str, samples: list[_Sample], name: str) -> tuple[list[Any] | None, tuple[str, ...]]:
     wanted = (*CLASS, *LABELS) if name == "labels" else (name,)
     if name == "labels" and not any(_value(sample, wanted) is not None for sample in samples[:LOOKED]):
-        return None, (f"no labels: no sample has a .cls, nor {', '.join(LABELS)} in its .json",)
+        return None, (say("no labels: no sample has a .cls, nor {names} in its .json", names=listed(LABELS)),)
     return _each(spec, samples, wanted, "label"), ()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from renorm.observation import Observation
 from renorm.report.base import Table, Words
+from renorm.said import follow, say
 from renorm.shift import Shift
 
 FEW = 32  # samples: with fewer, a mean says much about each of them
@@ -15,21 +16,28 @@ FEW = 32  # samples: with fewer, a mean says much about each of them
 def verdict(seen: Observation, *, output: str) -> Words:
     """What was measured and where it was written."""
     channels = sum(len(site.values.mean) for site in seen.values())
-    text = (
-        f"The file holds a mean, a variance and a count for each of {channels:,} channels, and no sample of the data. "
-        + (
-            f"Use it: renorm recalibrate MODEL --moments {output} -o OUT"
-            if seen.under == "batch"
-            else "Measured under the statistics the model holds: they tell how far the data lie from those. To recalibrate, "
+    held = say(
+        "The file holds a mean, a variance and a count for each of {channels:,} channels, and no sample of the data.",
+        channels=channels,
+    )
+    if seen.under == "batch":
+        use = say("Use it: renorm recalibrate MODEL --moments {output} -o OUT", output=output)
+    else:
+        use = say(
+            "Measured under the statistics the model holds: they tell how far the data lie from those. To recalibrate, "
             "observe with --under batch."
         )
+    few = say(
+        "With {samples} samples only, a mean still says much about each of them: think before sharing it.",
+        samples=seen.samples,
     )
-    if seen.samples < FEW:
-        text += (
-            f". With {seen.samples} samples only, a mean still says much about each of them: think before sharing it."
-        )
-    title = f"Moments of {seen.samples:,} samples at {len(seen)} batch norms are written to {output}"
-    return Words(text, "good", title)
+    title = say(
+        "Moments of {samples:,} samples at {sites} batch norms are written to {output}",
+        samples=seen.samples,
+        sites=len(seen),
+        output=output,
+    )
+    return Words(follow(held, few, use) if seen.samples < FEW else follow(held, use), "good", title)
 
 
 def parts(both: Observation, each: Mapping[str, Observation]) -> Table:
@@ -38,13 +46,20 @@ def parts(both: Observation, each: Mapping[str, Observation]) -> Table:
     for name, seen in each.items():
         far = {site: Shift.between(both[site].values, part.values).layer.wasserstein2 for site, part in seen.items()}
         worst = max(far, key=far.__getitem__, default="")
-        rows.append((name, f"{seen.samples:,}", f"{seen.batches:,}", f"{far.get(worst, 0):.2f}", worst or "itself"))
-    return Table(
-        "What was merged",
-        ("file", "samples", "batches", "farthest from all", "at"),
-        tuple(rows),
-        note="Distance from the pooled moments in their standard deviations, mean over the channels of the farthest site.",
+        rows.append(
+            (
+                name,
+                f"{seen.samples:,}",
+                f"{seen.batches:,}",
+                f"{far.get(worst, 0):.2f}",
+                worst or say("the model itself"),
+            )
+        )
+    note = say(
+        "Distance from the pooled moments in their standard deviations, mean over the channels of the farthest site."
     )
+    columns = (say("file"), say("samples"), say("batches"), say("farthest from all"), say("at"))
+    return Table(say("What was merged"), columns, tuple(rows), note=note)
 
 
 def result(seen: Observation) -> dict[str, Any]:
