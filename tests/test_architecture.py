@@ -28,13 +28,14 @@ ROOMS = (
     # model: nn.Module, no data
     *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches
-    *("calls", "observe", "evaluate", "verify", "trust", "files", "provenance", "checkpoints", "profile", "guard"),
+    *("calls", "files", "provenance", "observation", "observe"),
+    *("evaluate", "verify", "trust", "checkpoints", "profile", "guard"),
     *("methods", "recalibrate", "regularisers", "finetune", "lean"),
     *("graph", "absorb", "neighbours", "prove", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
     *("rules", "doctor", "recommend"),
     # edges: files, screens, users
-    *("preprocessing", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
+    *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
 EDGES = ROOMS[ROOMS.index("preprocessing") :]
 FAMILIES = ("layers", "methods", "rules")  # folders with a base.py and a catalogue
@@ -49,7 +50,7 @@ HEAVY = {"sklearn", "scipy", "torchmetrics", "rich", "jsonargparse", "jinja2", "
 PUBLIC = (
     *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify", "convert_"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
-    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
+    *("Observation", "Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
     *("fold", "load_folded_", "export"),
     *(
         "freeze_",

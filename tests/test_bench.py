@@ -116,7 +116,7 @@ def test_rows_keep_the_types_of_their_factors(tmp_path: Path) -> None:
 def test_the_report_says_how_it_was_made_and_nothing_about_this_machine(squares: Squares, tmp_path: Path) -> None:
     finished = list(run_suite(squares, out=tmp_path / "results", jobs=1))[-1]
     assert isinstance(finished, Finished)
-    assert "renorm bench squares --data DIR --size quick --seeds 3" in finished.text
+    assert "renorm bench squares --size quick --seeds 3" in finished.text
     assert "torch 2" in finished.text
     assert "torch threads" in finished.text
     assert re.search(r"minutes of computing, code [0-9a-f]{8}\.", finished.text)

@@ -163,7 +163,7 @@ def test_help_does_not_import_torch_for_the_command_line_itself() -> None:
         ("doktor", ["there is no command 'doktor'", "did you mean 'doctor'?"]),
         ("doctor", ["renorm doctor needs MODEL", "For example", "--help"]),
         ("recalibrate nets.py:net near.npz", ["renorm recalibrate needs -o OUT"]),
-        ("recalibrate nets.py:net", ["needs DATA"]),
+        ("recalibrate nets.py:net -o x.pt", ["needs DATA"]),
         ("doctor nets.py:net near.npz more.npz", ["renorm doctor takes MODEL DATA; 'more.npz' is more than that"]),
         ("doctor nets.py:net --chekpoint x", ["no option of renorm doctor '--chekpoint'", "'--checkpoint'"]),
         ("doctor nets.py:net -x", ["no option of renorm doctor '-x'"]),

@@ -510,7 +510,7 @@ def test_sizes_that_differ_need_a_model_that_says_its_own(folder: Path) -> None:
 
 def test_a_model_of_other_channels_cannot_take_images(folder: Path) -> None:
     five = Preprocessing(input_size=(5, 8, 8), mean=(0.0,) * 5, std=(1.0,) * 5)
-    with pytest.raises(DataError, match=r"the model takes 5 channels; images of a folder give 1 or 3\. Use arrays"):
+    with pytest.raises(DataError, match=r"the model takes 5 channels; image files give 1 or 3\. Use arrays"):
         load_data(folder, preprocessing=five)
 
 
@@ -552,11 +552,60 @@ def test_names_of_no_known_form_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no file or folder .*nowhere\. Correct the path, or use an image"):
         load_data(tmp_path / "nowhere")
     (tmp_path / "a.mat").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.mat is no data that renorm reads\. Use an image folder, a \.npz"):
+    with pytest.raises(DataError, match=r"a\.mat is no data that renorm reads\. Use an image folder, \.npz"):
         load_data(tmp_path / "a.mat")
-    for name in ("a.csv", "a.csv.gz", "a.parquet", "a.tar", "hf:org/name"):
-        with pytest.raises(UsageError, match="come in a later version"):
+    for name in ("a.csv", "a.csv.gz", "a.parquet"):
+        with pytest.raises(DataError, match="there is no file or folder"):
             load_data(name)
+
+
+# ── groups ──
+
+
+def test_groups_of_an_archive_are_one_of_its_arrays(tmp_path: Path) -> None:
+    where = np.array(["north", "south", "south", "east"])
+    path = npz(tmp_path, images=noise(4, 8, 8, 3), labels=[0, 1, 0, 1], where=where, camera=[3, 1, 1, 2])
+    data = load_data(path, group="where")
+    assert data.groups == tuple(where[data.order])
+    assert load_data(path, group="camera", seed=None).groups == ("3", "1", "1", "2")
+    assert load_data(path).groups is None
+    assert len(load_data(path, group="where", limit=2).groups or ()) == 2
+    with pytest.raises(UnknownName, match=r"array in data\.npz: 'wheree'; did you mean 'where'"):
+        load_data(path, group="wheree")
+    with pytest.raises(DataError, match=r"images holds 4 samples, the groups images have the shape \(4, 8, 8, 3\)"):
+        load_data(path, group="images")
+    with pytest.raises(UsageError, match=r"digits have no groups, and --group where was asked for"):
+        load_data("digits", group="where")
+
+
+def test_groups_of_an_image_folder_are_the_folders_at_a_level(folder: Path, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for k in range(2):
+            (folder / name / f"hospital-{k}").mkdir()
+            Image.fromarray(noise(8, 8, 3, seed=k)).save(folder / name / f"hospital-{k}" / "a.png")
+        for file in folder.glob(f"{name}/*.png"):
+            file.rename(folder / name / "hospital-0" / f"b{file.name}")
+    (folder / "dog" / "more").rename(folder / "dog" / "hospital-2")
+    (folder / "cat" / "more").rmdir()
+    by_class = load_data(folder, group="2", seed=None)
+    assert by_class.classes == ("cat", "dog")
+    assert by_class.groups is not None
+    assert sorted(set(by_class.groups)) == ["hospital-0", "hospital-1", "hospital-2"]
+    by_group = load_data(folder, group="1", seed=None)
+    assert by_group.classes == ("hospital-0", "hospital-1", "hospital-2")
+    assert set(by_group.groups or ()) == {"cat", "dog"}
+    assert by_group.labels is not None
+    assert by_group.labels.tolist() == [int(name[-1]) for name in by_class.groups]
+    for level in ("hospital", "0", "-1"):
+        with pytest.raises(
+            UsageError, match=rf"the folders at a level: --group 1 for photos/GROUP/CLASS/.*got '{level}'"
+        ):
+            load_data(folder, group=level)
+    with pytest.raises(DataError, match=r"at level 3, but 11 of 11 images lie above it, cat/hospital-0/a\.png first"):
+        load_data(folder, group="3")
+    flat = load_data(folder / "cat", group="1")
+    assert flat.labels is None
+    assert set(flat.groups or ()) == {"hospital-0", "hospital-1"}
 
 
 def test_a_real_model_is_as_good_as_known_on_real_data() -> None:

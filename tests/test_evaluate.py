@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn import metrics
 from torch import nn
+from torch.utils.data import DataLoader
 
 from renorm import evaluate
 from renorm.errors import BatchError, UnknownName, UsageError
@@ -146,3 +147,104 @@ def test_evaluating_leaves_the_mode_and_the_generators_alone() -> None:
     assert score.value == 1.0  # dropout was off
     assert model[0].training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# ── groups ──
+
+
+@pytest.fixture
+def wards() -> list[str]:
+    return ["north", "south", "east", "west"] * 50 + ["attic"] * 3
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "nll", "balanced_accuracy"])
+def test_a_group_scores_as_if_it_were_alone_and_the_worst_comes_first(
+    answers: tuple[torch.Tensor, torch.Tensor], wards: list[str], metric: str
+) -> None:
+    logits, labels = answers
+    score = evaluate(Itself(), batches(logits, labels), metric, groups=wards)
+    assert set(score.groups) == set(wards)
+    names = np.array(wards)
+    for name, found in score.groups.items():
+        rows = torch.from_numpy(np.flatnonzero(names == name))
+        alone = evaluate(Itself(), [(logits[rows], labels[rows])], metric)
+        for field in ("value", "count", "nll", "ece", "metric"):
+            assert getattr(found, field) == pytest.approx(getattr(alone, field)), (name, field)
+        assert found.interval == pytest.approx(alone.interval, nan_ok=True)
+        assert found.groups == {}
+    values = [found.value for found in score.groups.values()]
+    assert values == sorted(values, reverse=metric == "nll")
+    whole = evaluate(Itself(), batches(logits, labels), metric)
+    assert (score.value, score.interval, score.count) == (whole.value, whole.interval, 203)
+    assert whole.groups == {}
+
+
+def test_groups_ride_in_the_batch_or_are_told_by_a_function(
+    answers: tuple[torch.Tensor, torch.Tensor], wards: list[str]
+) -> None:
+    logits, labels = answers
+    wanted = evaluate(Itself(), batches(logits, labels), groups=wards).groups
+    numbers = torch.tensor([sorted(set(wards)).index(ward) for ward in wards])
+    dicts = [
+        {"x": x, "labels": y, "ward": w}
+        for x, y, w in zip(logits.split(50), labels.split(50), _split(wards), strict=True)
+    ]
+    assert evaluate(Itself(), dicts, groups="ward").groups == wanted
+    tuples = list(zip(logits.split(50), labels.split(50), numbers.split(50), strict=True))
+    by_number = evaluate(Itself(), tuples, groups=lambda batch: batch[2]).groups
+    assert {sorted(set(wards))[int(name)]: score for name, score in by_number.items()} == wanted
+    assert evaluate(Itself(), batches(logits, labels), groups=numbers).groups == by_number
+
+
+def _split(names: list[str], size: int = 50) -> list[list[str]]:
+    return [names[k : k + size] for k in range(0, len(names), size)]
+
+
+def test_a_loader_that_shuffles_carries_its_groups_through_its_workers(
+    answers: tuple[torch.Tensor, torch.Tensor], wards: list[str]
+) -> None:
+    logits, labels = answers
+    rows = [{"x": x, "labels": y, "ward": w} for x, y, w in zip(logits, labels, wards, strict=True)]
+    loader = DataLoader(rows, batch_size=32, shuffle=True, num_workers=2)  # type: ignore[arg-type]
+    got = evaluate(Itself(), loader, groups="ward")
+    wanted = evaluate(Itself(), batches(logits, labels), groups=wards)
+    assert {name: score.value for name, score in got.groups.items()} == {n: s.value for n, s in wanted.groups.items()}
+
+
+def test_groups_that_do_not_fit_are_refused(answers: tuple[torch.Tensor, torch.Tensor], wards: list[str]) -> None:
+    logits, labels = answers
+    with pytest.raises(UsageError, match=r"got 3 names for 203 samples with 203 rows of outputs and 203 labels"):
+        evaluate(Itself(), batches(logits, labels), groups=["a", "b", "c"])
+    with pytest.raises(
+        UsageError, match=r"groups='ward' names an entry of each batch, but a tuple with no named entries"
+    ):
+        evaluate(Itself(), batches(logits, labels), groups="ward")
+    with pytest.raises(UsageError, match=r"but a dict with entries x, labels came"):
+        evaluate(Itself(), [{"x": logits, "labels": labels}], groups="ward")
+
+    class Lists(Itself):
+        def forward(self, x: torch.Tensor) -> list[dict[str, torch.Tensor]]:  # type: ignore[override]
+            return [{"a": row, "b": row} for row in x]
+
+    with pytest.raises(UsageError, match=r"got 203 names for 203 samples with outputs that are no one tensor"):
+        evaluate(Lists(), batches(logits, labels), lambda outputs, labels: 0.0, groups=wards)
+
+
+def test_a_group_whose_value_is_unknown_is_looked_at_first() -> None:
+    logits, labels = torch.tensor([[2.0, 0], [0, 2], [2, 0]]), torch.tensor([0, 1, 1])
+    score = evaluate(
+        Itself(), [(logits, labels)], lambda out, y: math.nan if len(y) == 1 else float(len(y)), groups=list("aab")
+    )
+    assert list(score.groups) == ["b", "a"]
+
+
+def test_auroc_leaves_out_classes_that_a_group_does_not_have() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(40, 3), torch.tensor([0] * 20 + [1, 2] * 10)
+    groups = evaluate(Itself(), [(logits, labels)], "auroc", groups=["one"] * 20 + ["two"] * 20).groups
+    assert list(groups) == ["one", "two"]
+    assert math.isnan(groups["one"].value)
+    part = logits[20:].softmax(1).numpy()
+    wanted = np.mean([metrics.roc_auc_score(labels[20:].numpy() == k, part[:, k]) for k in (1, 2)])
+    assert groups["two"].value == pytest.approx(wanted, abs=1e-6)
+    assert groups["two"].interval[0] < wanted < groups["two"].interval[1]

@@ -172,8 +172,6 @@ def test_names_of_no_known_form_are_refused() -> None:
         load_model("resnet18")
     with pytest.raises(UsageError, match=r"'zzz' names no model\. Use"):
         load_model("zzz")
-    with pytest.raises(UsageError, match=r"hf:org/net: models of the hub come in a later version"):
-        load_model("hf:org/net")
 
 
 # ── checkpoints ──

@@ -21,6 +21,7 @@ from renorm.groups import check_groups as check_groups
 from renorm.groups import parameter_groups as parameter_groups
 from renorm.moments import Moments as Moments
 from renorm.moments import Observed as Observed
+from renorm.observation import Observation as Observation
 from renorm.observe import observe as observe
 from renorm.policy import Policy as Policy
 from renorm.policy import apply_policy_ as apply_policy_
@@ -54,6 +55,7 @@ __all__ = [
     "Gap",
     "Moments",
     "NoBatchNorm",
+    "Observation",
     "Observed",
     "Policy",
     "Profile",

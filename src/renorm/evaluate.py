@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from renorm.sites import unwrap
 from renorm.state import evaluating, preserving
 
 Metric = str | Callable[[Any, Any], float | Tensor]
+Groups = str | Iterable[Any] | Callable[[Any], Any]
+LOWER_IS_BETTER = ("nll", "ece", "mse", "mae")
 BOOTSTRAP = 200  # resamples: the interval's own error is then about a tenth of its width
 
 
@@ -26,6 +29,7 @@ class Score(Faces):
     """What a model scored: the metric's `value` with a 95 % `interval`, over `count` samples.
 
     `nll` (nats) and `ece` (15 bins) are those of the softmax of the logits, NaN where the labels are not class indices.
+    `groups` holds the score of every group of the samples, the worst value first; empty where none were given.
     """
 
     value: float
@@ -34,6 +38,7 @@ class Score(Faces):
     nll: float
     ece: float
     metric: str
+    groups: Mapping[str, Score] = field(default_factory=dict[str, "Score"])
 
 
 class Outputs(NamedTuple):
@@ -48,6 +53,7 @@ def evaluate(
     labelled: Iterable[Any],
     metric: Metric = "accuracy",
     *,
+    groups: Groups | None = None,
     forward: Forward | None = None,
     output: Output | None = None,
     device: torch.device | str | None = None,
@@ -60,7 +66,11 @@ def evaluate(
     outputs and all labels that returns one number (tensors are concatenated, other outputs come as lists of batches).
     The interval is Wilson's for a share of right answers, Student's for a mean over samples, and a seeded bootstrap over
     samples for anything else; NaN where a function's outputs cannot be resampled.
-    Raises BatchError for missing labels or labels outside the model's classes, UnknownName for another metric.
+    `groups` says which group (hospital, camera, patient) a sample is of: one name per sample in the order in which they are
+    read; or how to find a batch's, as the key under which they ride in it or a function of it. Every group is scored too,
+    worst first; a function's lowest value counts as its worst.
+    Raises BatchError for missing labels or labels outside the model's classes, UnknownName for another metric, UsageError
+    for groups that do not fit the samples.
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
@@ -68,9 +78,11 @@ def evaluate(
         raise UnknownName("metric", metric, METRICS)
     outputs: list[Any] = []
     labels: list[Any] = []
+    named: list[str] = []
     count = 0
     with preserving(model), evaluating(model):
         for index, batch in nonempty(labelled, asked="evaluate"):
+            now, batch = _groups_of(batch, groups)
             result = caller.run(model, batch, index=index)
             if result.labels is None:
                 raise BatchError(
@@ -84,22 +96,71 @@ def evaluate(
             )
             outputs.append(part.detach().cpu() if isinstance(part, Tensor) else part)
             labels.append(result.labels.detach().cpu() if isinstance(result.labels, Tensor) else result.labels)
+            named += now
             count += result.samples
     joined, truth = _joined(outputs), _joined(labels)
-    classes = _is_classification(joined, truth)
+    score = _score(metric, name, joined, truth, count)
+    if groups is None:
+        return score
+    if not (isinstance(groups, str) or callable(groups)):
+        named = [str(each) for each in (groups.tolist() if isinstance(groups, Tensor) else groups)]
+    return replace(score, groups=_by_group(metric, name, joined, truth, count, named))
+
+
+def _score(metric: Metric, name: str, outputs: Any, labels: Any, count: int) -> Score:
+    classes = _is_classification(outputs, labels)
     if classes:
-        _refuse_unknown_labels(joined, truth)
-    nll, ece = (float(METRICS[m](joined, truth)) for m in ("nll", "ece")) if classes else (math.nan, math.nan)
+        _refuse_unknown_labels(outputs, labels)
+    nll, ece = (float(METRICS[m](outputs, labels)) for m in ("nll", "ece")) if classes else (math.nan, math.nan)
     compute = METRICS[metric] if isinstance(metric, str) else metric
-    scores = _per_sample(metric, joined, truth) if classes or metric in ("mse", "mae") else None
+    scores = _per_sample(metric, outputs, labels) if classes or metric in ("mse", "mae") else None
     if isinstance(metric, str) and not classes and metric not in ("mse", "mae"):
         raise UsageError(
-            f"the metric {metric!r} needs logits (N, classes, *) and class labels (N, *); found {_shape(joined)} and "
-            f"{_shape(truth)}. Pass a function of (outputs, labels) instead."
+            f"the metric {metric!r} needs logits (N, classes, *) and class labels (N, *); found {_shape(outputs)} and "
+            f"{_shape(labels)}. Pass a function of (outputs, labels) instead."
         )
-    value = float(compute(joined, truth))
-    interval = _interval(scores) if scores is not None else _bootstrap(compute, joined, truth)
+    value = float(compute(outputs, labels))
+    interval = _interval(scores) if scores is not None else _bootstrap(compute, outputs, labels)
     return Score(value=value, interval=interval, count=count, nll=nll, ece=ece, metric=name)
+
+
+def _groups_of(batch: Any, groups: Groups | None) -> tuple[list[str], Any]:
+    """The names of the groups of a batch's samples, where they are to be found in it, and the batch without them."""
+    if isinstance(groups, str):
+        if not isinstance(batch, Mapping) or groups not in batch:
+            held = f"entries {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "no named entries"
+            raise UsageError(
+                f"groups={groups!r} names an entry of each batch, but a {type(batch).__name__} with {held} came. Give dicts "
+                "with that entry, one name per sample, or a function of the batch."
+            )
+        found, batch = batch[groups], {key: value for key, value in batch.items() if key != groups}
+    elif callable(groups):
+        found = groups(batch)
+    else:
+        return [], batch
+    return [str(each) for each in (found.tolist() if isinstance(found, Tensor) else found)], batch
+
+
+def _by_group(metric: Metric, name: str, outputs: Any, labels: Any, count: int, groups: list[str]) -> dict[str, Score]:
+    tensors = isinstance(outputs, Tensor) and isinstance(labels, Tensor)
+    if not tensors or not len(outputs) == len(labels) == count == len(groups):
+        found = (
+            f"{len(outputs)} rows of outputs and {len(labels)} labels" if tensors else "outputs that are no one tensor"
+        )
+        raise UsageError(
+            f"groups= needs one name and one row of outputs and labels per sample; got {len(groups)} names for {count} "
+            f"samples with {found}."
+        )
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    scores = {
+        group: _score(metric, name, outputs[chosen], labels[chosen], len(chosen)) for group, chosen in rows.items()
+    }
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    # a value that is not a number cannot be compared, so it is looked at first
+    worst = sorted(scores, key=lambda group: (not math.isnan(scores[group].value), sign * scores[group].value, group))
+    return {group: scores[group] for group in worst}
 
 
 def collect(model: nn.Module, batches: Iterable[Any], *, caller: Caller, asked: str) -> Outputs:
@@ -133,6 +194,20 @@ def _torchmetric(name: str, **options: Any) -> Callable[[Tensor, Tensor], float]
     return compute
 
 
+def _auroc(logits: Tensor, labels: Tensor) -> float:
+    """Mean over the classes that some samples are of and others not; NaN where there is none, as in a group of one class."""
+    from torchmetrics.functional.classification import multiclass_auroc
+
+    count = torch.bincount(labels.flatten(), minlength=logits.shape[1])
+    known = (count > 0) & (count < labels.numel())
+    if not bool(known.any()):
+        return math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the classes that are left out here
+        each = multiclass_auroc(logits.float().softmax(1), labels.long(), num_classes=logits.shape[1], average="none")
+    return float(torch.as_tensor(each)[known].mean())
+
+
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": _accuracy,
     "balanced_accuracy": _torchmetric("multiclass_accuracy", average="macro"),
@@ -140,7 +215,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
         (logits.topk(min(5, logits.shape[1]), 1).indices == labels.unsqueeze(1)).any(1).double().mean()
     ),
     "f1": _torchmetric("multiclass_f1_score", average="macro"),
-    "auroc": _torchmetric("multiclass_auroc", average="macro"),
+    "auroc": _auroc,
     "nll": _nll,
     "ece": _torchmetric("multiclass_calibration_error", n_bins=15),
     "mse": lambda outputs, labels: float(F.mse_loss(outputs.double().reshape(labels.shape), labels.double())),
@@ -190,7 +265,7 @@ def _bootstrap(compute: Callable[[Any, Any], float | Tensor], outputs: Any, labe
         rows = torch.randint(len(outputs), (len(outputs),), generator=generator)
         draws.append(float(compute(outputs[rows], labels[rows])))
     low, high = (
-        torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        torch.tensor(draws, dtype=torch.float64).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     )
     return low, high
 

@@ -1,6 +1,7 @@
 """A name, a path or a callable → a model in eval mode, with its checkpoint loaded.
 
     timm:NAME                  torchvision:NAME
+    hf:ORG/NAME                hf:FOLDER
     file.py:factory            package.module:factory
 
 A factory is a module, or something that returns one when called without arguments (or with `num_classes=`).
@@ -30,12 +31,13 @@ from renorm.checkpoints import Loaded, load_
 from renorm.conventions import foreign_conventions
 from renorm.errors import CheckpointError, ModelError, RenormError, UnknownName, UsageError, require
 from renorm.fold import load_folded_, was_folded
+from renorm.hub import HubModel, Tokenize, open_hub_model
 from renorm.preprocessing import Preprocessing, preprocessing_of
 from renorm.said import say
 
 __all__ = ["Model", "load_model", "open_model"]
 
-FORMS = "timm:NAME, torchvision:NAME, file.py:factory or package.module:factory"
+FORMS = "timm:NAME, torchvision:NAME, hf:ORG/NAME, file.py:factory or package.module:factory"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Model:
     classes: tuple[str, ...] | None  # the names of its outputs, where it carries them
     checkpoint: Loaded | None
     notes: tuple[str, ...]
+    tokenize: Tokenize | None = None  # texts → its inputs, where it takes texts
 
 
 def load_model(
@@ -77,8 +80,9 @@ def open_model(
     """Build what `spec` names, load `checkpoint` into it, and put it in eval mode.
 
     `pretrained` fetches the weights that timm or torchvision publish, or finds them in their cache. Without it and
-    without a checkpoint their weights are random (of seed 0), and a note says so. The global RNG is left as it was for
-    these two; a factory may use it.
+    without a checkpoint their weights are random (of seed 0), and a note says so. An `hf:` model comes with its weights,
+    from the folder or the cache, and is fetched only with `pretrained`. The global RNG is left as it was for these three;
+    a factory may use it.
 
     Raises:
         UsageError: no such form of name, or options that do not go together.
@@ -92,22 +96,26 @@ def open_model(
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)
     source, _, rest = name.partition(":") if isinstance(spec, str) else ("", "", "")
     zoo = source in ("timm", "torchvision")
-    if pretrained and not zoo:
+    if pretrained and not zoo and source != "hf":
         raise UsageError(f"{name} has no published weights that renorm could fetch. Give its weights as a checkpoint.")
+    hub: HubModel | None = None
     if source == "timm":
         module = _from_timm(rest, num_classes, pretrained)
     elif source == "torchvision":
         module = _from_torchvision(rest, num_classes, pretrained)
+    elif source == "hf":
+        hub = open_hub_model(rest, num_classes=num_classes, weights=checkpoint is None, fetch=pretrained)
+        module = hub.module
     elif isinstance(spec, str):
         module = _from_factory(spec, num_classes)
     else:
         module = _call(spec, name, num_classes)
     loaded = _loaded(module, checkpoint) if checkpoint is not None else None
     preprocessing = preprocessing_of(module)
-    notes = loaded.notes if loaded else ()
+    notes = (loaded.notes if loaded else ()) + (hub.notes if hub else ())
     if zoo and not pretrained and loaded is None:
         notes += (say("weights are random (seed 0): give a checkpoint, or ask for the pretrained ones"),)
-    if preprocessing is None:
+    if preprocessing is None and not (hub and hub.is_text):
         notes += (
             say("the model does not say how pixels become its input (no `pretrained_cfg`): they are divided by 255"),
         )
@@ -119,6 +127,7 @@ def open_model(
         classes=_class_names(module),
         checkpoint=loaded,
         notes=notes,
+        tokenize=hub.tokenize if hub else None,
     )
 
 
@@ -190,8 +199,6 @@ def _build(make: Callable[[], nn.Module], name: str, pretrained: bool) -> nn.Mod
 
 def _from_factory(spec: str, num_classes: int | None) -> nn.Module:
     place, _, factory = spec.rpartition(":")
-    if spec.startswith("hf:"):
-        raise UsageError(f"{spec}: models of the hub come in a later version. Use {FORMS}.")
     if spec.endswith(".py"):
         place, factory = spec, ""
     if not place:

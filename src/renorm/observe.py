@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +15,9 @@ from torch.overrides import TorchFunctionMode
 from renorm.calls import Caller, Forward, Output, nonempty, uncompiled
 from renorm.errors import BatchError, UsageError
 from renorm.moments import Moments, Observed
+from renorm.observation import Observation, Under
 from renorm.sites import Site, Slotted, find_sites, select, unwrap
 from renorm.state import evaluating, preserving
-
-Under = Literal["batch", "running"]
-
-
-class Observation(dict[str, Observed]):
-    """What one pass measured: {site name: Observed}, in the order of the sites, for those a batch reached.
-
-    `samples` and `batches` count what was read (over all ranks), `unvisited` names the sites that no batch reached, and
-    `functional` counts calls of `F.batch_norm` in the first batch that belong to no module, which renorm cannot reach.
-    """
-
-    def __init__(
-        self, seen: Mapping[str, Observed], *, samples: int, batches: int, unvisited: Sequence[str], functional: int
-    ):
-        super().__init__(seen)
-        self.samples: int = samples
-        self.batches: int = batches
-        self.unvisited: tuple[str, ...] = tuple(unvisited)
-        self.functional: int = functional
 
 
 def observe(
@@ -64,7 +46,7 @@ def observe(
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
     passing = observing(model, batches, under=under, include=include, exclude=exclude, caller=caller)
-    return finish(passing, sites_to_observe(model, include=include, exclude=exclude))
+    return finish(passing, sites_to_observe(model, include=include, exclude=exclude), under=under)
 
 
 def observing(
@@ -108,7 +90,14 @@ def observing(
             functional = watch.count if isinstance(watch, _FunctionalCalls) else functional
             ordered = {site.name: seen[site.name] for site in sites if site.name in seen}
             unvisited = [site.name for site in sites if site.name not in seen]
-            yield Observation(ordered, samples=samples, batches=index + 1, unvisited=unvisited, functional=functional)
+            yield Observation(
+                ordered,
+                under=under,
+                samples=samples,
+                batches=index + 1,
+                unvisited=unvisited,
+                functional=functional,
+            )
 
 
 def finish(
@@ -116,12 +105,14 @@ def finish(
     sites: Sequence[Site],
     *,
     enough: Callable[[Observation], bool] = lambda seen: False,
+    under: Under = "batch",
 ) -> Observation:
     """Read `passing` to its end, or until `enough`, and pool what all ranks saw; when one rank fails, all raise.
 
+    `under` is how `passing` measures: a rank without batches has no other way to know.
     Raises BatchError where no rank read a sample, or a site saw one value per channel in all.
     """
-    seen = Observation({}, samples=0, batches=0, unvisited=[site.name for site in sites], functional=0)
+    seen = Observation({}, under=under, samples=0, batches=0, unvisited=[site.name for site in sites])
     failure: BaseException | None = None
     with closing(passing):
         try:
@@ -274,6 +265,7 @@ def _pooled(seen: Observation, sites: Sequence[Site]) -> Observation:
     totals = torch.stack([r[:2].cpu() for r in ranks]).sum(0)
     return Observation(
         {name: merged[name] for name in channels if name in merged},
+        under=seen.under,
         samples=int(totals[0]),
         batches=int(totals[1]),
         unvisited=[name for name in channels if name not in merged],

@@ -16,6 +16,7 @@ from renorm.evaluate import METRICS, Outputs, collect
 from renorm.faces import Faces
 from renorm.methods.base import Method, build
 from renorm.moments import Moments
+from renorm.observation import Observation
 from renorm.profile import Profile
 from renorm.said import say
 from renorm.shift import Shift
@@ -63,7 +64,7 @@ class Adaptation(Faces):
 
 def recalibrate_(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Observation,
     prior: int | Literal["auto"] = "auto",
     tolerance: float | None = None,
     check: Iterable[Any] | None = None,
@@ -81,6 +82,8 @@ def recalibrate_(
 ) -> Adaptation:
     """Let every batch norm of `model` hold statistics that fit `batches`; weights, affine parameters and modes stay.
 
+    batches     unlabelled batches; or moments of them, as `observe(model, batches, under="batch")` gives and
+                `Observation.load` reads, of this very model: no data are needed then
     prior       how much the source counts: "auto", or as many images as this; see `methods.pooled.Pooled`
     tolerance   stop reading once every site is this certain (standard error of the mean, in source sd)
     check       batches on which the model must not do worse, by accuracy where they have labels, by `trust` where not;
@@ -91,8 +94,8 @@ def recalibrate_(
 
     A failure at any point leaves the model bit-identical. Sites without statistics, or that no batch reached, stay untouched.
     Raises NoBatchNorm for a model without batch norm statistics, BatchError for batches that cannot be used (none, a single
-    image, numbers that are not finite), OneShot for an iterator where several passes are needed, UsageError for options that
-    make no sense together.
+    image, numbers that are not finite), OneShot for an iterator where several passes are needed, ModelError for moments of
+    another model, UsageError for options that make no sense together.
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
     sites = select(batch_sites(model, asked="recalibrate_"), include=include, exclude=exclude)
@@ -101,12 +104,18 @@ def recalibrate_(
             f"recalibrate_ was asked to touch {include!r} without {exclude!r}, and no batch norm is left by that."
         )
     profile = source if isinstance(source, Profile) or source is None else Profile.load(source)
-    chosen = _method(method, prior, tolerance, profile, options)
+    measured = batches if isinstance(batches, Observation) else None
+    chosen = _method(method, prior, tolerance, profile if measured is None else None, options)
     before = None
     if check is not None:
         several_passes(check, asked="check=")
         before = collect(model, check, caller=caller, asked="check=")
-    estimate = chosen.estimate(model, batches, sites=sites, caller=caller, source=profile)
+    if measured is None:
+        estimate = chosen.estimate(model, batches, sites=sites, caller=caller, source=profile)
+    else:
+        measured.check(model)
+        _refuse_stale(measured, sites)
+        estimate = chosen.estimate_from(measured, sites=sites, source=profile)
     if estimate.samples < 2:
         raise BatchError(
             "recalibrate_ was given one image in all; how far its statistics are to be believed cannot be known from one. "
@@ -161,6 +170,17 @@ def _method(
     if tolerance is not None:
         given.setdefault("tolerance", tolerance)
     return build(name, given)
+
+
+def _refuse_stale(seen: Observation, sites: list[Site]) -> None:
+    """What a layer sees while those before it hold old statistics is not what it will see once they hold new ones."""
+    reached = [site.name for site in sites if site.name in seen]
+    if seen.under == "running" and len(reached) > 1:
+        raise UsageError(
+            f"moments measured under='running' were to be written at {len(reached)} sites at once. Each was seen behind "
+            "layers that still held the old statistics, so together they do not fit. Observe with under='batch', or write "
+            "the first site alone with include=, and observe again."
+        )
 
 
 def _write(sites: list[Site], moments: Mapping[str, Moments], batches: int) -> None:

@@ -278,10 +278,10 @@ _CLASSES: dict[Kind, type | tuple[type, ...]] = {
     "group": nn.GroupNorm,
     "layer": nn.LayerNorm,
 }
-_NAMES: dict[Kind, str] = {
+_NAMES: dict[Kind, str] = {  # timm's SimpleNorm divides by the sd without centring; timm's own models call that rms
     "instance": "^InstanceNorm",
     "batch": "^BatchNorm",
-    "rms": "(?i:rms)_?[Nn]orm|^T5LayerNorm$|^RMSNormalization$",
+    "rms": "(?i:rms|^simple)_?[Nn]orm|^T5LayerNorm$|^RMSNormalization$",
     "group": "^GroupNorm",
     "layer": "LayerNorm(alization|2d)?$",
 }

@@ -50,7 +50,8 @@ def verify(
 ) -> Gap:
     """Compare two models, in evaluation, on the same batches; both stay as they were.
 
-    Outputs may be any nest of tensors, but the same one; equal NaN and infinities count as no difference.
+    Outputs may be any nest of tensors, but the same one; with `output` only that part of them counts. Equal NaN and
+    infinities count as no difference.
     Raises UsageError where the two give outputs of different structure or shape, BatchError for no batches.
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
@@ -60,7 +61,8 @@ def verify(
     with preserving(a), preserving(b), evaluating(a), evaluating(b):
         for index, batch in nonempty(batches, asked="verify"):
             ours, theirs = (caller.run(model, batch, index=index) for model in (a, b))
-            apart = [_difference(x, y) for x, y in _paired(ours.output, theirs.output)]
+            pair = [result.output if output is None else result.logits for result in (ours, theirs)]
+            apart = [_difference(x, y) for x, y in _paired(*pair)]
             samples += ours.samples
             values += sum(d.numel() for d in apart)
             total += sum(float(d.sum()) for d in apart)

@@ -89,8 +89,9 @@ class Suite(ABC):
             raise UnknownName("size", self.size, SIZES)
         if self.seeds < FEWEST_SEEDS:
             raise UsageError(f"a paired interval needs {FEWEST_SEEDS} seeds or more, and got seeds={self.seeds}")
-        if self.needs and not self.data.is_dir():
-            raise DataError(f"--data should be the folder with {_some(self.needs)}; {self.data} is no folder")
+        if self.needs and (self.data == Path() or not self.data.is_dir()):
+            found = "none was given" if self.data == Path() else f"{self.data} is no folder"
+            raise DataError(f"--data should be the folder with {_some(self.needs)}; {found}")
         missing = [name for name in self.needs if not (self.data / name).is_file()]
         if missing:
             raise DataError(

@@ -150,7 +150,8 @@ def _header(suite: Suite, rows: list[Row], jobs: int) -> str:
 
     processes = f"{jobs} processes of 1 torch thread" if jobs > 1 else f"{torch.get_num_threads()} torch threads"
     minutes = sum(row.seconds for row in rows) / 60
-    command = f"renorm bench {suite.name} --data DIR --size {suite.size} --seeds {suite.seeds}"
+    data = " --data DIR" if suite.needs else ""
+    command = f"renorm bench {suite.name}{data} --size {suite.size} --seeds {suite.seeds}"
     codes = sorted({row.code for row in rows})
     code = (
         f"rows of {len(codes)} states of the code: {', '.join(codes)}" if len(codes) > 1 else f"code {''.join(codes)}"

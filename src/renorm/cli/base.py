@@ -30,6 +30,11 @@ def argument(help: str, *, required: bool = True) -> Any:
     return field(default="", metadata={"help": help, "argument": True, "required": required})
 
 
+def arguments(help: str) -> Any:
+    """A field that takes every word that is left by its place, one at least; a list in a configuration file."""
+    return field(default=(), metadata={"help": help, "argument": True, "required": True, "many": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command(ABC):
     """One word after `renorm`. The first line of its docstring is what `renorm --help` says of it."""
@@ -57,7 +62,9 @@ class Command(ABC):
         parts = ["renorm", self.name]
         for each in settings(type(self)):
             value = getattr(self, each.key)
-            if each.positional:
+            if each.many:
+                parts += map(shlex.quote, value)
+            elif each.positional:
                 parts += [shlex.quote(value)] if value else []
             elif isinstance(value, Mapping):
                 parts += [f"--{each.key}.{key} {shlex.quote(str(item))}" for key, item in value.items()]
@@ -99,6 +106,7 @@ class Setting:
     metavar: str = ""
     positional: bool = False
     required: bool = False
+    many: bool = False  # takes all the words that are left
 
     @property
     def flag(self) -> str:
@@ -122,6 +130,7 @@ def settings(kind: type[Any], *, prefix: str = "") -> list[Setting]:
                 metavar=each.metadata.get("metavar", ""),
                 positional=each.metadata.get("argument", False),
                 required=each.metadata.get("required", default is MISSING),
+                many=each.metadata.get("many", False),
             )
         )
     own = set(get_annotations(kind))

@@ -21,7 +21,7 @@ class Bench(Command):
     example: ClassVar[str] = "renorm bench recalibrate --data data/ --size quick"
 
     suite: str = argument("the name of a suite")
-    data: str = option("", "the folder with the data sets and weights", metavar="DIR", required=True)
+    data: str = option("", "the folder with the data sets and weights; breadth needs none", metavar="DIR")
     size: Literal["quick", "full"] = option("quick", "quick takes minutes, full takes hours")
     seeds: int = option(3, "how often every cell is repeated")
     output: str = option("benchmarks/results", "the folder for tables and rows", short="-o", metavar="DIR")

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(OnModel):
-    """Measure how good a model is on labelled data, with the interval that says how far to believe it."""
+    """Measure how good a model is on labelled data, with the interval that says how far to believe it.
+
+    With --group COLUMN every hospital, camera or patient of that column is measured too, worst first.
+    """
 
     name: ClassVar[str] = "evaluate"
     example: ClassVar[str] = "renorm evaluate nets.py:resnet20 --checkpoint resnet20.safetensors photos/ --metric top5"
@@ -35,7 +38,8 @@ class Evaluate(OnModel):
             raise UnknownName("metric", self.metric, METRICS)
         model = self.opened()
         dataset = self.dataset(self.data, model)
-        score = evaluate(model.module, screen.watched(dataset.batches, "evaluating"), self.metric, **self.calling())
+        batches = screen.watched(dataset.batches, "evaluating")
+        score = evaluate(model.module, batches, self.metric, groups=dataset.groups, **self.calling())
         return Report(
             command=self.name,
             model=self.model,

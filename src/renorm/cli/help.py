@@ -13,8 +13,14 @@ from renorm.cli.parse import every_setting, placeholder
 WIDTH = 80
 GAP = 26  # columns before the words about an option: "  --batch-size N" and its like fit
 
-MODEL = "MODEL is timm:NAME, file.py:factory or package.module:factory; weights come with --checkpoint FILE."
-DATA = "DATA is an image folder, a .npz or .npy file, or digits (small images that are always there)."
+MODEL = (
+    "MODEL is timm:NAME, torchvision:NAME, hf:ORG/NAME, file.py:factory or package.module:factory; weights come with "
+    "--checkpoint FILE."
+)
+DATA = (
+    "DATA is an image folder, .npz, .npy, .csv, .parquet, .tar shards, hf:NAME, or digits (small images that are always "
+    "there)."
+)
 
 
 def of_renorm(commands: Mapping[str, type[Command]], version: str) -> str:
@@ -50,9 +56,14 @@ def of_command(kind: type[Command], words: Sequence[str]) -> str:
 def usage(kind: type[Command]) -> str:
     """`renorm recalibrate MODEL DATA -o OUT`."""
     known = settings(kind)
-    places = [s.key.upper() if s.required else f"[{s.key.upper()}]" for s in known if s.positional]
+    places = [_place(s) for s in known if s.positional]
     needed = [f"{s.short or s.flag} {placeholder(s)}" for s in known if s.required and not s.positional]
     return " ".join(["renorm", kind.name, *places, *needed])
+
+
+def _place(setting: Setting) -> str:
+    name = setting.key.upper() + (" …" if setting.many else "")
+    return name if setting.required else f"[{name}]"
 
 
 def _described(setting: Setting) -> tuple[str, str]:

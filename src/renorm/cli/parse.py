@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ def _by_name(kind: type[Command], known: list[Setting], words: Sequence[str]) ->
     takes_value |= {flag: s.type is not bool for s in known if s.key != "options" for flag in _flags(s)}
     places = [s for s in known if s.positional]
     named: list[str] = []
+    several: list[str] = []
     rest = iter(words)
     for word in rest:
         name, equals, _ = word.partition("=")
@@ -102,7 +104,10 @@ def _by_name(kind: type[Command], known: list[Setting], words: Sequence[str]) ->
             if not places:
                 takes = " ".join(s.key.upper() for s in known if s.positional) or "options only"
                 raise UsageError(f"renorm {kind.name} takes {takes}; {word!r} is more than that.")
-            named.append(f"--{places.pop(0).key}={word}")
+            if places[0].many:
+                several.append(word)
+            else:
+                named.append(f"--{places.pop(0).key}={word}")
         elif name in takes_value:
             named.append(word)
             if takes_value[name] and not equals:
@@ -111,7 +116,7 @@ def _by_name(kind: type[Command], known: list[Setting], words: Sequence[str]) ->
             named += [word[:2], word[2:]]  # -oFILE
         else:
             _refuse_option(kind, name, list(takes_value))
-    return named
+    return [*named, f"--{places[0].key}={json.dumps(several)}"] if several else named
 
 
 def _refuse_option(kind: type[Command], name: str, flags: list[str]) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from renorm.datasets.base import Dataset
     from renorm.models import Model
 
-MODEL = "timm:NAME, torchvision:NAME, file.py:factory or package.module:factory"
-DATA = "an image folder, a .npz or .npy file, or digits"
+MODEL = "timm:NAME, torchvision:NAME, hf:ORG/NAME, file.py:factory or package.module:factory"
+DATA = "an image folder, .npz, .npy, .csv, .parquet, .tar shards, hf:NAME, or digits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +24,16 @@ class OnModel(Command):
 
     model: str = argument(MODEL)
     checkpoint: str = option("", "weights to load: .safetensors, or a .pt of weights alone", metavar="FILE")
-    pretrained: bool = option(False, "fetch the published weights of a timm or torchvision model")
+    pretrained: bool = option(False, "fetch the published weights of a timm, torchvision or hf model")
     num_classes: int | None = option(None, "build the model with so many outputs")
     batch_size: int = option(64, "samples in a batch")
     limit: int | None = option(None, "read at most so many samples, drawn at random")
-    split: str = option("", "part of the data: images_NAME in a .npz, or a subfolder", metavar="NAME")
-    labels: str = option("labels", "the array of a .npz that holds the labels", metavar="NAME")
+    split: str = option(
+        "", "part of the data: images_NAME in a .npz, a subfolder, or a split of the hub", metavar="NAME"
+    )
+    labels: str = option("labels", "the array or column that holds the labels", metavar="NAME")
+    group: str = option("", "the column (hospital, camera) by which samples are grouped", metavar="COLUMN")
+    inputs: str = option("", "the column that is the input: texts, or paths of images", metavar="COLUMN")
     seed: int = option(0, "of the random order in which the data are read")
     device: str = option("", "where to run, such as cpu or cuda (default: where the model is)", metavar="NAME")
     precision: Literal["float32", "bf16"] = option("float32", "bf16 is faster, and less exact")
@@ -59,6 +63,9 @@ class OnModel(Command):
             split=self.split,
             seed=self.seed,
             classes=model.classes,
+            inputs=self.inputs,
+            group=self.group,
+            tokenize=model.tokenize,
         )
 
     def origin_of(

@@ -20,7 +20,7 @@ from renorm.files import sha256
 from renorm.preprocessing import Preprocessing, match_channels
 from renorm.said import listed, say, some
 
-__all__ = ["pixel_reader", "read"]
+__all__ = ["LABELS", "numbered", "pixel_reader", "read"]
 
 Array = NDArray[Any]
 
@@ -47,6 +47,7 @@ def read(path: Path, key: str, options: Options) -> Dataset:
         name = _images(path, held, key, options.split)
         values = _array(path, held, name)
         labels, classes, notes = _labels(path, held, name, len(values), options)
+        groups = _groups(path, held, name, len(values), options.group)
     finally:
         if isinstance(held, np.lib.npyio.NpzFile):
             held.close()
@@ -59,6 +60,7 @@ def read(path: Path, key: str, options: Options) -> Dataset:
         total=len(values),
         labels=labels,
         classes=classes,
+        groups=None if groups is None else groups.tolist(),
         fingerprint="sha256:" + sha256(path),
         notes=said + notes,
     )
@@ -185,12 +187,26 @@ def _labels(
         found = len(values) if values.ndim else "one"
         raise DataError(f"{path.name}: {images} holds {count} samples, {name} {found}. Give one label for each.")
     classes = tuple(map(str, _array(path, held, "classes"))) if "classes" in held else None
-    return _numbered(f"{path.name}: {name}", values, classes)
+    return numbered(f"{path.name}: {name}", values, classes)
 
 
-def _numbered(
+def _groups(path: Path, held: Mapping[str, Array], images: str, count: int, name: str) -> Array | None:
+    if not name:
+        return None
+    if name not in held or not images:
+        raise UnknownName(f"array in {path.name}:", name, [each for each in held if each])
+    values = _array(path, held, name)
+    if values.ndim != 1 or len(values) != count:
+        raise DataError(
+            f"{path.name}: {images} holds {count} samples, the groups {name} have the shape {values.shape}. Give one for each."
+        )
+    return values
+
+
+def numbered(
     where: str, values: Array, classes: tuple[str, ...] | None
 ) -> tuple[Tensor, tuple[str, ...] | None, tuple[str, ...]]:
+    """Labels as class numbers, or as numbers to predict; the names of the classes; and notes."""
     if values.dtype.kind in "US":
         names, numbers = np.unique(values.astype(str), return_inverse=True)
         if classes is not None and set(names) <= set(classes):

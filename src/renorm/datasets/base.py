@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ class Options:
     split: str = ""
     seed: int | None = 0
     classes: tuple[str, ...] | None = None
+    inputs: str = ""
+    group: str = ""
+    tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("batch_size", self.batch_size), ("limit", self.limit)):
@@ -47,10 +51,10 @@ class Options:
 class Batches:
     """Tuples `(inputs, labels)`, or `(inputs,)` without labels; every pass gives the same ones in the same order.
 
-    `fetch` turns indices of samples into inputs (n, *); `labels` (N, *) stand in the order of `order`.
+    `fetch` turns indices of samples into inputs, (n, *) or a mapping of such; `labels` (N, *) stand in the order of `order`.
     """
 
-    fetch: Callable[[Indices], Tensor]
+    fetch: Callable[[Indices], Any]
     order: Indices
     labels: Tensor | None
     batch_size: int
@@ -58,7 +62,7 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for start in range(0, len(self.order), self.batch_size):
             part = slice(start, start + self.batch_size)
             inputs = self.fetch(self.order[part])
@@ -69,7 +73,8 @@ class Batches:
 class Dataset:
     """Data that was opened: `labels`, `order` and `batches` go together; `order` counts samples as they stand in the file.
 
-    `classes` are the names of the labels 0, 1, …; None where the data does not say.
+    `classes` are the names of the labels 0, 1, …; None where the data does not say. `groups` name the group of each sample
+    (a hospital, a camera) in the order of `order`; None where none was asked for.
     """
 
     spec: str
@@ -80,24 +85,30 @@ class Dataset:
     order: Indices
     fingerprint: str
     notes: tuple[str, ...]
+    groups: tuple[str, ...] | None = None
 
 
 def assemble(
     spec: str,
     options: Options,
     *,
-    fetch: Callable[[Indices], Tensor],
+    fetch: Callable[[Indices], Any],
     total: int,
     labels: Tensor | None,
     classes: tuple[str, ...] | None,
     fingerprint: str,
     notes: tuple[str, ...],
+    groups: Sequence[object] | None = None,
+    order: Indices | None = None,
 ) -> Dataset:
-    """A data set of `total` samples with `labels` as they stand in the file, read in the order that was asked for."""
+    """A data set of `total` samples with `labels` and `groups` as they stand in the file, read in the order asked for.
+
+    `order` is one that suits the file better than a random one of all its samples.
+    """
     if labels is not None and classes is not None and options.classes is not None:
         labels, classes, said = _follow(labels, classes, options.classes)
         notes += said
-    order = options.order(total)
+    order = options.order(total) if order is None else order[: options.limit]
     if options.seed is not None:
         notes += (
             say("read in a random order (seed {seed}): batches that hold one class each do harm", seed=options.seed),
@@ -116,6 +127,7 @@ def assemble(
         order=order,
         fingerprint=fingerprint,
         notes=notes,
+        groups=None if groups is None else tuple(str(groups[k]) for k in order),
     )
 
 

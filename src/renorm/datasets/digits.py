@@ -9,7 +9,7 @@ import torch
 
 from renorm.datasets.arrays import pixel_reader
 from renorm.datasets.base import Dataset, Options, assemble
-from renorm.errors import UnknownName
+from renorm.errors import UnknownName, UsageError
 from renorm.said import say
 
 __all__ = ["read"]
@@ -22,8 +22,12 @@ def read(options: Options) -> Dataset:
 
     Raises:
         UnknownName: another split.
+        UsageError: groups, which it has none of.
     """
     from sklearn.datasets import load_digits
+
+    if options.group:
+        raise UsageError(f"digits have no groups, and --group {options.group} was asked for. Leave it away.")
 
     if options.split not in ("", "train", "target"):
         raise UnknownName("split of digits", options.split, ("train", "target"))

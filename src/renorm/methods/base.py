@@ -15,6 +15,7 @@ from renorm.calls import Caller
 from renorm.errors import UnknownName, UsageError
 from renorm.family import members
 from renorm.moments import Moments
+from renorm.observation import Observation
 from renorm.profile import Profile
 from renorm.sites import Site
 
@@ -66,6 +67,16 @@ class Method(ABC):
         source: Profile | None = None,
     ) -> Estimate:
         """Measure and decide; `model` comes out as it went in, bit for bit, also when this fails."""
+
+    def estimate_from(self, seen: Observation, *, sites: list[Site], source: Profile | None = None) -> Estimate:
+        """Decide from moments that were measured before, where the method needs no more than those.
+
+        Raises UsageError where it needs the batches themselves.
+        """
+        raise UsageError(
+            f"the method {self.name!r} needs the batches themselves and was given moments; "
+            "use method='pooled', or give the batches."
+        )
 
 
 @cache

@@ -13,7 +13,8 @@ from renorm.calls import Caller
 from renorm.errors import UsageError
 from renorm.methods.base import Estimate, Method
 from renorm.moments import FLOOR, Moments, Observed, source_share
-from renorm.observe import Observation, finish, observing
+from renorm.observation import Observation
+from renorm.observe import finish, observing
 from renorm.profile import Profile
 from renorm.said import say
 from renorm.shift import Shift
@@ -65,8 +66,21 @@ class Pooled(Method):
         caller: Caller,
         source: Profile | None = None,
     ) -> Estimate:
+        seen, notes = self._measure(model, batches, sites, {site.name: site.statistics() for site in sites}, caller)
+        return self._blended(seen, notes, sites, source)
+
+    def estimate_from(self, seen: Observation, *, sites: list[Site], source: Profile | None = None) -> Estimate:
+        if self.tolerance is not None:
+            raise UsageError(
+                f"tolerance={self.tolerance:g} says when to stop reading batches, and moments were given: there are none to "
+                "read. Leave it away."
+            )
+        return self._blended(seen, (seen.caveat,) if seen.caveat else (), sites, source)
+
+    def _blended(
+        self, seen: Observation, notes: tuple[str, ...], sites: list[Site], source: Profile | None
+    ) -> Estimate:
         held = {site.name: site.statistics() for site in sites}
-        seen, notes = self._measure(model, batches, sites, held, caller)
         moments, weights = {}, {}
         for site in sites:
             known, found = held[site.name], seen.get(site.name)
@@ -76,7 +90,7 @@ class Pooled(Method):
             blended = known.blend(found.values, source_weight=weight, cross_term=False, geometric=self.prior == "auto")
             moments[site.name] = blended
             weights[site.name] = weight
-        target = {name: found.values for name, found in seen.items() if held[name] is not None}
+        target = {name: found.values for name, found in seen.items() if held.get(name) is not None}
         return Estimate(
             moments=moments,
             target=target,

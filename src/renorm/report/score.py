@@ -7,7 +7,7 @@ from math import isnan
 from typing import Any
 
 from renorm.evaluate import Score
-from renorm.report.base import Block, Spans, Tone, Words
+from renorm.report.base import Bar, Block, Spans, Table, Tone, Words
 from renorm.said import Said, follow, many, say
 
 SHARES = ("accuracy", "balanced_accuracy", "top5", "f1", "auroc", "ece")  # read as percentages
@@ -42,8 +42,31 @@ def verdict(score: Score) -> Words:
 
 
 def blocks(score: Score) -> tuple[Block, ...]:
-    """A picture of the interval, where there is one."""
-    return spans(say("The score and its 95 % interval"), {metric(score, heading=True): (score, "plain")})
+    """A picture of the interval, where there is one; then the groups, worst first, where there are any."""
+    drawn = spans(say("The score and its 95 % interval"), {metric(score, heading=True): (score, "plain")})
+    return (*drawn, _groups(score)) if score.groups else drawn
+
+
+def _groups(score: Score) -> Table:
+    longest = max((abs(each.value) for each in score.groups.values() if not isnan(each.value)), default=0.0) or 1.0
+    rows = tuple(
+        (
+            group,
+            Bar(0.0 if isnan(each.value) else abs(each.value) / longest, value(each)),
+            interval(each),
+            f"{each.count:,}",
+        )
+        for group, each in score.groups.items()
+    )
+    note: Said = say("A wide interval says that the group is small, not that it is bad.")
+    low, high = next(iter(score.groups.values())).interval
+    if len(rows) > 1 and not (isnan(low) or isnan(high)):
+        inside = low <= score.value <= high
+        holds = say("The worst group's interval holds the value of all together; of several groups one is always last.")
+        apart = say("The worst group's interval does not hold the value of all together.")
+        note = follow(holds if inside else apart, note)
+    columns = (say("group"), metric(score), say("95 % interval"), say("samples"))
+    return Table(say("By group, worst first"), columns, rows, note=note)
 
 
 def spans(title: Said, scores: Mapping[str, tuple[Score, Tone]]) -> tuple[Block, ...]:
@@ -93,6 +116,9 @@ def shown(number: float, metric: str) -> str:
 
 
 def result(score: Score) -> dict[str, Any]:
-    """The numbers, for machines."""
+    """The numbers, for machines; `groups`, a list with the worst first, only where there are any."""
     names = ("metric", "value", "interval", "count", "nll", "ece")
-    return {name: getattr(score, name) for name in names}
+    numbers = {name: getattr(score, name) for name in names}
+    if score.groups:
+        numbers["groups"] = [{"group": group, **result(each)} for group, each in score.groups.items()]
+    return numbers

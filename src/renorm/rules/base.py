@@ -15,7 +15,8 @@ from torch import nn
 from renorm.calls import Caller
 from renorm.family import members
 from renorm.moments import Moments
-from renorm.observe import Observation, observe
+from renorm.observation import Observation
+from renorm.observe import observe
 from renorm.shift import Shift
 from renorm.sites import Site, find_sites
 
