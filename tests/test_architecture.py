@@ -33,7 +33,7 @@ ROOMS = (
     *("methods", "recalibrate", "regularisers", "finetune", "lean"),
     *("graph", "absorb", "neighbours", "prove", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
-    *("rules", "doctor", "recommend"),
+    *("mend", "adjacent", "second_look", "suspects", "facts", "rules", "known", "doctor", "recommend"),
     # edges: files, screens, users
     *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )

@@ -167,7 +167,7 @@ def test_help_does_not_import_torch_for_the_command_line_itself() -> None:
         ("doctor nets.py:net near.npz more.npz", ["renorm doctor takes MODEL DATA; 'more.npz' is more than that"]),
         ("doctor nets.py:net --chekpoint x", ["no option of renorm doctor '--chekpoint'", "'--checkpoint'"]),
         ("doctor nets.py:net -x", ["no option of renorm doctor '-x'"]),
-        ("doctor nets.py:net --format xml", ["--format takes table|json|html; got xml"]),
+        ("doctor nets.py:net --format xml", ["--format takes table|json|html|sarif; got xml"]),
         ("doctor nets.py:net --batch-size many", ["--batch-size takes N; got many"]),
         ("recalibrate nets.py:net near.npz -o x.pt --prior few", ["--prior takes N|auto; got few"]),
         ("doctor nets.py:net --limit", ["--limit"]),

@@ -68,8 +68,8 @@ def test_without_data_only_the_model_is_looked_at() -> None:
 def test_shifted_data_are_found_worst_first(scale: float, offset: float) -> None:
     diagnosis = diagnose(trained(), [images(100, scale=scale, offset=offset)])
     assert not diagnosis.healthy
-    assert rules(diagnosis.findings) == {"BN302"}
-    values = [finding.value for finding in diagnosis.findings]
+    assert rules(diagnosis.findings) <= {"BN301", "BN302"}  # shifted data part the modes too
+    values = [finding.value for finding in diagnosis.findings if finding.rule == "BN302"]
     assert values == sorted(values, reverse=True)
     assert diagnosis.worst == diagnosis.findings[0]
     assert list(diagnosis.distances.values()) == sorted(diagnosis.distances.values(), reverse=True)
@@ -140,7 +140,7 @@ def test_statistics_that_a_checkpoint_lost_are_an_error() -> None:
 
 def test_a_layer_that_training_never_reached_is_a_warning() -> None:
     model = trained()
-    model[0].add_module("unused", nn.BatchNorm2d(5))  # inside a layer that does not call it
+    model[0].add_module("unused", nn.BatchNorm2d(5).eval())  # inside a layer that does not call it
     diagnosis = diagnose(model, [images(50)])
     assert [(f.rule, f.site, f.severity) for f in diagnosis.findings] == [("BN105", "0.unused", "warning")]
     assert diagnosis.unvisited == ("0.unused",)
@@ -159,7 +159,7 @@ def test_a_batch_norm_without_statistics_is_a_warning() -> None:
     finding = diagnose(model).worst
     assert finding is not None
     assert (finding.rule, finding.site, finding.severity) == ("BN104", "0", "warning")
-    assert diagnose(nn.LazyBatchNorm2d()).healthy
+    assert [(f.rule, f.severity) for f in diagnose(nn.LazyBatchNorm2d()).findings] == [("BN114", "error")]
 
 
 class Functional(nn.Module):
@@ -179,7 +179,7 @@ def test_batch_norm_called_as_a_function_is_reported() -> None:
 
 def test_errors_come_before_warnings_before_infos() -> None:
     model = trained()
-    model[0].add_module("unused", nn.BatchNorm2d(5))  # inside a layer that does not call it
+    model[0].add_module("unused", nn.BatchNorm2d(5).eval())  # inside a layer that does not call it
     model[1].running_mean[0] = math.nan
     severities = [f.severity for f in diagnose(model, [images(20)]).findings]
     assert severities == sorted(severities, key=SEVERITIES.index)
@@ -217,7 +217,7 @@ def test_every_rule_says_what_it_needs_and_where_to_look() -> None:
         assert rule.__doc__
         assert rule.title
         assert set(rule.needs) <= set(PASSES)
-        assert rule.passes() <= 1
+        assert rule.passes() == max(PASSES[fact] for fact in rule.needs)
 
 
 def test_the_limit_is_that_of_the_rule() -> None:

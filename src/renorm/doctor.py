@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from renorm.calls import Caller, Forward, Output
+from renorm.checkpoints import read
 from renorm.faces import Faces
-from renorm.rules.base import Facts, Finding, catalogue
+from renorm.facts import Facts
+from renorm.mend import Undoable
+from renorm.provenance import plain_names
+from renorm.rules.base import Finding, catalogue
 from renorm.shift import Shift
 from renorm.sites import Site
 
 if TYPE_CHECKING:
     from renorm.profile import Profile
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "Mending", "diagnose", "mend_"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,6 +73,7 @@ def diagnose(
     batches: Iterable[Any] | None = None,
     source: Profile | None = None,
     *,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     forward: Forward | None = None,
     output: Output | None = None,
     device: torch.device | str | None = None,
@@ -76,12 +82,13 @@ def diagnose(
 ) -> Diagnosis:
     """Everything the doctor's rules find wrong, worst first; the model is the same afterwards, bit for bit.
 
+    `checkpoint` is the file that the model was loaded from, or its tensors by name, for the rules that compare the two.
     Without `batches` only the rules that need none run. A model without batch norm is healthy. The cheapest rules run
     first; one pass over the batches serves them all.
-    Raises BatchError for batches that cannot be used.
+    Raises BatchError for batches that cannot be used, CheckpointError for a file that cannot be read.
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
-    facts = Facts(model, batches, source, caller)
+    facts = Facts(model, batches, source, caller, _tensors(checkpoint))
     findings: list[Finding] = []
     for rule in sorted(catalogue().values(), key=lambda rule: rule.passes()):
         if all(map(facts.has, rule.needs)):
@@ -95,3 +102,38 @@ def diagnose(
         sites=facts.sites,
         samples=facts.observed.samples if seen else 0,
     )
+
+
+@dataclass(frozen=True)
+class Mending:
+    """What `mend_` did: the findings that have a fix, all applied; `restore_()` undoes them, the last first."""
+
+    mended: tuple[Finding, ...]
+    undos: tuple[Undoable, ...]
+
+    def restore_(self) -> None:
+        """Give the model back as it was, bit for bit. Raises OpenChange where a later change still stands."""
+        for undo in reversed(self.undos):
+            undo.restore_()
+
+
+def mend_(model: nn.Module, findings: Iterable[Finding]) -> Mending:
+    """Apply the fix of every finding that has one, worst first, each once; when one fails, all are undone and it raises."""
+    mended = tuple(finding for finding in findings if finding.fix_ is not None)
+    fixes = {id(finding.fix_): finding.fix_ for finding in mended if finding.fix_ is not None}
+    undos: list[Undoable] = []
+    try:
+        for fix_ in fixes.values():
+            undos.append(fix_(model))
+    except BaseException:
+        Mending(mended, tuple(undos)).restore_()
+        raise
+    return Mending(mended, tuple(undos))
+
+
+def _tensors(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    if checkpoint is None:
+        return None
+    if isinstance(checkpoint, Mapping):
+        return {plain: checkpoint[name] for plain, name in plain_names(checkpoint).items()}
+    return read(checkpoint)

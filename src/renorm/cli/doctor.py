@@ -2,53 +2,186 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from renorm.cli.base import argument, option
 from renorm.cli.subject import DATA, OnModel, notes
+from renorm.errors import UsageError
+from renorm.said import listed, many, say
 
 if TYPE_CHECKING:
     from renorm.cli.screen import Screen
-    from renorm.report.base import Report
+    from renorm.datasets.base import Dataset
+    from renorm.doctor import Diagnosis
+    from renorm.known import Sorted
+    from renorm.models import Model
+    from renorm.report.base import Report, Words
+    from renorm.rules.base import Finding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(OnModel):
     """Say what is wrong with a model's norm layers, and on this data: worst first.
 
-    Without DATA the model alone is looked at. Exit code 0: healthy; 1: errors or warnings were found. Nothing is changed.
+    Without DATA the model alone is looked at. Exit code 0: nothing as bad as --fail-on; 1: something was found. With --fix
+    what can be mended is, the weights are written to OUT, and the code is that of the mended model. Rules: docs/rules.md.
     """
 
     name: ClassVar[str] = "doctor"
     example: ClassVar[str] = "renorm doctor nets.py:resnet20 --checkpoint resnet20.safetensors photos/"
 
+    format: Literal["table", "json", "html", "sarif"] = option(  # type: ignore[assignment]
+        "table", "how to print the answer"
+    )
     data: str = argument(f"{DATA}; no labels needed", required=False)
     source: str = option("", "a profile of the source, made by renorm profile", metavar="FILE")
     top: int = option(10, "how many batch norms to list")
+    fix: bool = option(False, "mend what can be mended, and write the weights to OUT")
+    output: str = option("", "the mended weights: .safetensors, .pt or .pth", short="-o", metavar="OUT")
+    fail_on: Literal["error", "warning", "never"] = option("warning", "the mildest finding that makes the exit code 1")
+    ignore: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata={"help": 'leave out a rule, and say why: --ignore.BN105 "trained without"', "metavar": "REASON"},
+    )
+    baseline: str = option("", "leave out what an earlier --format json report has", metavar="FILE")
 
     def run(self, screen: Screen) -> Report:
-        from renorm.doctor import diagnose
-        from renorm.profile import Profile
+        from renorm.checkpoints import writable
+        from renorm.known import read_baseline, sort_out
+        from renorm.provenance import fingerprint
         from renorm.report import diagnosis as page
         from renorm.report.base import Report
 
+        if self.fix != bool(self.output):
+            raise UsageError("renorm doctor --fix needs -o OUT, the weights to write, and -o OUT needs --fix.")
+        if self.fix:
+            writable(self.output, force=self.force)
+        before = read_baseline(self.baseline) if self.baseline else None
+        sort_out((), ignore=self.ignore)
         model = self.opened()
         dataset = self.dataset(self.data, model) if self.data else None
-        diagnosis = diagnose(
-            model.module,
-            screen.watched(dataset.batches, "looking") if dataset else None,
-            Profile.load(self.source) if self.source else None,
-            **self.calling(),
-        )
+        origin = fingerprint(model.module) if self.fix else ""
+        diagnosis = self._diagnosed(screen, model, dataset)
+        known = sort_out(diagnosis.findings, ignore=self.ignore, baseline=before)
+        shown, left = replace(diagnosis, findings=known.new), known.new
+        told: list[str] = []
+        extra: dict[str, Any] = {}
+        if self.fix:
+            mended, lost = self._mend(model, known.new, origin, dataset)
+            left = sort_out(self._diagnosed(screen, model, dataset).findings, ignore=self.ignore, baseline=before).new
+            told = self._about(mended, lost)
+            written = self.output if origin != fingerprint(model.module) else None
+            extra = {"mended": [_named(f) for f in mended], "output": written}
         return Report(
             command=self.name,
             model=self.model,
             data=self.data,
-            verdict=page.verdict(diagnosis),
-            blocks=page.blocks(diagnosis, rows=self.top),
-            result=page.result(diagnosis),
-            notes=notes(model, dataset),
+            verdict=_nothing_new(known) or page.verdict(shown),
+            blocks=page.blocks(shown, rows=self.top),
+            result=page.result(shown) | extra | self._left_out(known),
+            notes=(*told, *_said(known, self.ignore), *notes(model, dataset)),
             origin=self.origin_of(model, dataset),
-            exit_code=0 if diagnosis.healthy else 1,
+            exit_code=1 if any(f.severity in FAILS[self.fail_on] for f in left) else 0,
         )
+
+    def _diagnosed(self, screen: Screen, model: Model, dataset: Dataset | None) -> Diagnosis:
+        from renorm.doctor import diagnose
+        from renorm.profile import Profile
+
+        return diagnose(
+            model.module,
+            screen.watched(dataset.batches, "looking") if dataset else None,
+            Profile.load(self.source) if self.source else None,
+            checkpoint=self.checkpoint or None,
+            **self.calling(),
+        )
+
+    def _mend(
+        self, model: Model, findings: tuple[Finding, ...], origin: str, dataset: Dataset | None
+    ) -> tuple[list[Finding], list[Finding]]:
+        """The findings whose fix is in the file, and those whose fix changed only what a file of weights cannot hold."""
+        from renorm.checkpoints import write
+        from renorm.doctor import mend_
+        from renorm.provenance import fingerprint, provenance
+
+        mended: list[Finding] = []
+        lost: list[Finding] = []
+        before = origin
+        seen: dict[int, list[Finding]] = {}
+        for finding in findings:
+            if finding.fix_ is not None and id(finding.fix_) in seen:
+                seen[id(finding.fix_)].append(finding)
+            elif finding.fix_ is not None:
+                mend_(model.module, [finding])
+                after = fingerprint(model.module)
+                seen[id(finding.fix_)] = mended if after != before else lost
+                seen[id(finding.fix_)].append(finding)
+                before = after
+        if before != origin:
+            loaded = model.checkpoint.sha256 if model.checkpoint else None
+            data = dataset.fingerprint if dataset else None
+            made = provenance(command=self.written(), model=origin, data=data, checkpoint=loaded)
+            write(model.module, self.output, provenance=made, force=self.force)
+        return mended, lost
+
+    def _about(self, mended: list[Finding], lost: list[Finding]) -> list[str]:
+        said: list[str] = []
+        if mended:
+            said.append(say("mended, and written to {output}: {findings}", output=self.output, findings=_list(mended)))
+        if lost:
+            said.append(
+                say(
+                    "weights cannot hold these; do in your code what each finding says: {findings}",
+                    findings=_list(lost),
+                )
+            )
+        if not mended:
+            said.append(
+                say("nothing was found that mended weights would hold; {output} was not written", output=self.output)
+            )
+        return said
+
+    def _left_out(self, known: Sorted) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        if self.ignore:
+            out["ignored"] = [_named(f) | {"reason": self.ignore[f.rule]} for f in known.ignored]
+        if self.baseline:
+            out["in_baseline"] = [_named(f) for f in known.old]
+        return out
+
+
+FAILS: Mapping[str, tuple[str, ...]] = {"error": ("error",), "warning": ("error", "warning"), "never": ()}
+
+
+def _nothing_new(known: Sorted) -> Words | None:
+    """The verdict where all that was found is known; None where page's own verdict holds."""
+    from renorm.report.base import Words
+
+    left_out = len(known.ignored) + len(known.old)
+    if known.new or not left_out:
+        return None
+    text = many(
+        left_out,
+        "{count:,} finding is known (ignored for a reason, or in the baseline), and there is no other.",
+        "{count:,} findings are known (ignored for a reason, or in the baseline), and there is no other.",
+    )
+    return Words(text, "plain", say("Nothing new"))
+
+
+def _named(finding: Finding) -> dict[str, Any]:
+    return {"rule": finding.rule, "site": finding.site}
+
+
+def _list(findings: list[Finding]) -> str:
+    return listed(say("{rule} at {site}", rule=f.rule, site=f.site or say("the model itself")) for f in findings)
+
+
+def _said(known: Sorted, reasons: Mapping[str, str]) -> list[str]:
+    rules = dict.fromkeys(f.rule for f in known.ignored)
+    said: list[str] = [say("{rule} is ignored: {reason}", rule=rule, reason=reasons[rule]) for rule in rules]
+    if known.old:
+        count = len(known.old)
+        said.append(many(count, "{count:,} finding is in the baseline", "{count:,} findings are in the baseline"))
+    return said

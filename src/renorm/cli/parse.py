@@ -94,6 +94,7 @@ def _by_name(kind: type[Command], known: list[Setting], words: Sequence[str]) ->
     """The same words with every argument that was given by its place written as an option; unknown options are refused."""
     takes_value = {"--config": True, "--print-config": False}
     takes_value |= {flag: s.type is not bool for s in known if s.key != "options" for flag in _flags(s)}
+    keyed = [s.flag for s in known if s.key != "options" and get_origin(s.type) is Mapping]
     places = [s for s in known if s.positional]
     named: list[str] = []
     several: list[str] = []
@@ -108,6 +109,8 @@ def _by_name(kind: type[Command], known: list[Setting], words: Sequence[str]) ->
                 several.append(word)
             else:
                 named.append(f"--{places.pop(0).key}={word}")
+        elif any(name.startswith(f"{flag}.") for flag in keyed):
+            named += [word] if equals else [word, *[value for value in [next(rest, None)] if value is not None]]
         elif name in takes_value:
             named.append(word)
             if takes_value[name] and not equals:

@@ -78,6 +78,11 @@ class Screen:
             # the page says that it is UTF-8, whatever the terminal speaks
             raw = getattr(sys.stdout, "buffer", None)
             sys.stdout.write(page) if raw is None else raw.write(page.encode())
+        elif self.format == "sarif":
+            from renorm.provenance import version
+            from renorm.report import sarif
+
+            sys.stdout.write(sarif.render(report, version=version("renorm")) + "\n")
         else:
             from renorm.report import terminal
             from renorm.report.language import translated

@@ -22,7 +22,7 @@ class DataShift(Rule):
 
     id: ClassVar[str] = "BN302"
     title: ClassVar[str] = say("data shift")
-    needs: ClassVar[tuple[str, ...]] = ("distances",)
+    needs: ClassVar[tuple[str, ...]] = ("distances", "suspect")
 
     # Source standard deviations, mean over channels. On data of their own kind (16 to 2,000 images) the worst sites of
     # ResNet-20, ResNet-8 (CIFAR-10) and MobileNet (visual wake words) lie at 0.08 to 0.25; under noise, blur, contrast
@@ -50,10 +50,13 @@ class DataShift(Rule):
                         "mean and divides by the spread of the old data."
                     ),
                     advice=self._advice(facts, worst),
+                    fix_=None if facts.suspect else facts.recalibrate,
                 )
 
     @staticmethod
     def _advice(facts: Facts, worst: str | None) -> str:
+        if facts.suspect:
+            return say("Correct the preprocessing first (see BN303), and ask the doctor again.")
         mend = say(
             "Recalibrate, and keep the result only if it holds up: renorm recalibrate MODEL DATA --check DATA -o OUT "
             "(recalibrate_ with check=)."

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
+from renorm.facts import was_trained
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import say
 from renorm.sites import Site
@@ -28,11 +26,11 @@ class NeverCalibrated(Rule):
     def check(self, facts: Facts) -> Iterator[Finding]:
         sites = [site for site in facts.batch if site.name in facts.held]
         new = [site for site in sites if site.name in facts.new]
-        if new and len(new) == len(sites) and not any(map(_affine_was_trained, sites)):
+        if new and len(new) == len(sites) and not any(map(was_trained, sites)):
             yield self._untrained(new)
             return
         for site in new:
-            yield self._lost(site)
+            yield self._lost(facts, site)
 
     def _untrained(self, new: list[Site]) -> Finding:
         return Finding(
@@ -49,8 +47,8 @@ class NeverCalibrated(Rule):
             advice=say("Load trained weights (--checkpoint FILE)."),
         )
 
-    def _lost(self, site: Site) -> Finding:
-        trained = _affine_was_trained(site)
+    def _lost(self, facts: Facts, site: Site) -> Finding:
+        trained = was_trained(site)
         return Finding(
             rule=self.id,
             site=site.name,
@@ -66,10 +64,5 @@ class NeverCalibrated(Rule):
                 else say("though other layers have theirs"),
             ),
             advice=say("Load a checkpoint with running_mean and running_var, or estimate them with recalibrate."),
+            fix_=facts.reestimate,
         )
-
-
-def _affine_was_trained(site: Site) -> bool:
-    """Whether weight or bias differ between channels; every initialisation in use sets them to constants."""
-    tensors = (getattr(site.module, name, None) for name in ("weight", "bias"))
-    return any(isinstance(t, Tensor) and t.numel() > 1 and bool(torch.any(t != t.flatten()[0])) for t in tensors)

@@ -36,4 +36,5 @@ class NonFinite(Rule):
                     advice=say(
                         "Go back to a checkpoint from before, or estimate the statistics anew with recalibrate, prior 0."
                     ),
+                    fix_=facts.reestimate,
                 )

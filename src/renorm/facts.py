@@ -1,0 +1,262 @@
+"""What can be known about a model, and about batches if there are any: each fact measured when asked for, once."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from renorm.calls import Caller, read
+from renorm.freeze import holds_statistics
+from renorm.mend import Fix, reestimating
+from renorm.moments import Moments, Observed
+from renorm.observe import Observation, finish, observing, sites_to_observe
+from renorm.second_look import Gap, Padding, depends_on_company, gap_between_modes, trailing_padding
+from renorm.shift import Shift
+from renorm.sites import Site, find_sites, is_lazy, unwrap, walk
+from renorm.state import preserving
+from renorm.suspects import Verdict, interrogate
+
+if TYPE_CHECKING:
+    from renorm.profile import Profile
+
+__all__ = ["PASSES", "Facts", "was_trained"]
+
+# What a fact costs in passes over the batches; the doctor runs the rules that need the cheapest facts first. A second look
+# (gap, company, padding, suspect) runs again over the first batches alone, KEPT samples, and counts as whole passes only
+# where there are no more than those.
+PASSES: Mapping[str, int] = {
+    **{"batch": 0, "held": 0, "new": 0, "broken": 0, "thawing": 0, "file": 0},
+    **{"observed": 1, "parts": 1, "few": 1, "shifts": 1, "distances": 1},
+    **{"company": 2, "padding": 2, "gap": 3, "suspect": 16},
+}
+KEPT = 128  # samples of the first batches that are kept for a second look: the standard error of a share is 4 points
+PARTS = 20  # batches whose moments are kept apart: users bring 5 to 20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can be known about a model, and about batches if there are any; asking for a fact measures it, once.
+
+    The model is the same, bit for bit, after any of them.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any] | None = None
+    source: Profile | None = None
+    caller: Caller = field(default_factory=Caller)
+    file: Mapping[str, Tensor] | None = None  # the tensors of the model's checkpoint, by plain name
+    _kept: list[Any] = field(default_factory=list, repr=False, init=False)
+    _parts: list[Mapping[str, Observed]] = field(default_factory=list, repr=False, init=False)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Every norm layer, of any kind."""
+        return tuple(find_sites(self.model))
+
+    @cached_property
+    def batch(self) -> tuple[Site, ...]:
+        """The batch norm sites."""
+        return tuple(site for site in self.sites if site.kind == "batch")
+
+    @cached_property
+    def held(self) -> dict[str, Moments]:
+        """The statistics that each batch norm site holds, by name; sites without any are left out."""
+        found = {site.name: site.statistics() for site in self.batch}
+        return {name: moments for name, moments in found.items() if moments is not None}
+
+    @cached_property
+    def new(self) -> frozenset[str]:
+        """The sites whose statistics are those that every layer is created with: mean 0 and variance 1 throughout."""
+        return frozenset(
+            name
+            for name, held in self.held.items()
+            if held.mean.numel() and bool((held.mean == 0).all() and (held.var == 1).all())
+        )
+
+    @cached_property
+    def broken(self) -> frozenset[str]:
+        """The sites whose statistics are missing, impossible, or lost though the layer's weights were trained."""
+        absent = {site.name for site in self.batch if site.tensors is None}
+        impossible = {
+            name
+            for name, held in self.held.items()
+            if not bool((held.mean.isfinite() & held.var.isfinite() & (held.var >= 0)).all())
+        }
+        lost = self.new if len(self.new) < len(self.held) or any(map(was_trained, self.batch)) else frozenset[str]()
+        return frozenset(absent | impossible | lost)
+
+    @cached_property
+    def thawing(self) -> tuple[Site, ...]:
+        """The batch norms that look frozen and that `train()` would set moving."""
+        root = unwrap(self.model)
+        trains = any(p.requires_grad for p in root.parameters())
+        meant = [s for s in self.batch if not is_lazy(s) and s.tracks and not s.module.training]
+        meant = [s for s in meant if not holds_statistics(s.module) and (root.training or (trains and _is_stopped(s)))]
+        others = [m for _, m in walk(root) if "train" in vars(m) or type(m).train is not nn.Module.train]
+        # a train() of the model's own has to be asked; one that a freeze put there remembers being asked, and holds only itself
+        if meant and others and not any(map(holds_statistics, others)) and not any(map(is_lazy, self.batch)):
+            with preserving(root):
+                root.train()
+                meant = [site for site in meant if site.module.training]
+        return tuple(meant)
+
+    @cached_property
+    def observed(self) -> Observation:
+        """What one pass over the batches sends into each site while the model runs as it would in use.
+
+        Without a batch norm layer, the first batch only: it shows whether batch norm is called as a function.
+        """
+        batches = self.batches if self.batches is not None else ()
+        asked = batches if self.batch else islice(batches, 1)
+        passing = observing(self.model, self._keeping(asked), under="running", caller=self.caller)
+        return finish(self._noting(passing), sites_to_observe(self.model))
+
+    def _keeping(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """The batches themselves; the first are kept, so that a second look needs no second reading."""
+        if isinstance(batches, Tensor | str | bytes | nn.Module) or not isinstance(batches, Iterable):
+            return batches  # observe says what is wrong with them
+        return self._remembering(batches)
+
+    def _remembering(self, batches: Iterable[Any]) -> Iterator[Any]:
+        kept = 0
+        for batch in batches:
+            if kept < KEPT:
+                self._kept.append(batch)
+                kept += read(batch).samples
+            yield batch
+
+    def _noting(self, passing: Generator[Observation]) -> Generator[Observation]:
+        try:
+            for seen in passing:
+                if len(self._parts) < PARTS:
+                    self._parts.append(dict(seen))
+                yield seen
+        finally:
+            passing.close()
+
+    @cached_property
+    def parts(self) -> list[dict[str, Observed]]:
+        """What each of the first batches alone sent into the sites it reached."""
+        _ = self.observed
+        earlier: list[Mapping[str, Observed]] = [{}, *self._parts[:-1]]
+        return [
+            {name: _less(total[name], before.get(name)) for name in total if total[name] is not before.get(name)}
+            for before, total in zip(earlier, self._parts, strict=True)
+        ]
+
+    @cached_property
+    def few(self) -> list[Any]:
+        """The first batches, KEPT samples or one batch more, as they came."""
+        _ = self.observed
+        return self._kept
+
+    @cached_property
+    def gap(self) -> Gap | None:
+        """How far the answers move when batch norms normalise by the batch, as in training; None where it cannot be said."""
+        return gap_between_modes(self.model, self.few, self.batch, self.caller)
+
+    @cached_property
+    def company(self) -> float | None:
+        """How far a sample's answer depends on the samples beside it, in evaluation; None where it cannot be said."""
+        return depends_on_company(self.model, self.few[0], self.caller) if self.few else None
+
+    @cached_property
+    def padding(self) -> dict[str, Padding]:
+        """Per site that reads sequences: the share of padded positions, and how far they move its moments in their sd."""
+        return trailing_padding(self.model, self.few, self.batch, self.caller)
+
+    @cached_property
+    def suspect(self) -> Verdict | None:
+        """The wrong preprocessing whose repair makes the shift vanish, if there is one."""
+        return interrogate(self.model, self.few, self.distances, self._redistanced, self.caller)
+
+    def _redistanced(self, batches: Iterable[Any]) -> dict[str, float]:
+        """`distances` of other batches."""
+        return Facts(self.model, batches, self.source, self.caller).distances
+
+    @cached_property
+    def shifts(self) -> dict[str, Shift]:
+        """How far the batches lie from the held statistics, for every site that they reached."""
+        eps = {site.name: site.eps for site in self.batch}
+        return {
+            name: Shift.between(self.held[name], seen.values, eps=eps[name])
+            for name, seen in self.observed.items()
+            if name in self.held
+        }
+
+    @cached_property
+    def distances(self) -> dict[str, float]:
+        """Each site's shift in one number: 2-Wasserstein in source sd, less what sampling alone adds, mean over channels.
+
+        A channel's squared distance is too large by the squared standard errors of its mean and of its sd, which for
+        images is about twice that of the mean alone. A site whose statistics are no numbers, or were never estimated, has
+        no distance: there is nothing to be far from.
+        """
+        eps = {site.name: site.eps for site in self.batch}
+        found = {}
+        for name, shift in self.shifts.items():
+            if name in self.new:
+                continue
+            error = self.observed[name].standard_error(self.held[name].var + eps[name])
+            squared = shift.wasserstein2.square() - 2 * error.square().to(shift.wasserstein2.device)
+            found[name] = float(squared.clamp_min(0).sqrt().mean())
+        return {name: distance for name, distance in found.items() if isfinite(distance)}
+
+    def has(self, fact: str) -> bool:
+        """Whether `fact` can be measured with what was given."""
+        if fact == "file":
+            return self.file is not None
+        return PASSES[fact] == 0 or self.batches is not None
+
+    @cached_property
+    def reestimate(self) -> Fix | None:
+        """Estimates the broken sites anew, all at once; None without batches that can be read again."""
+        return self.estimating(*(site.name for site in self.batch if site.name in self.broken))
+
+    def estimating(self, *names: str) -> Fix | None:
+        """Estimates these sites anew from the batches alone; None as for `reestimate`, or where none of them can hold any."""
+        if self.batches is None or isinstance(self.batches, Iterator):
+            return None
+        able = [name for name in names if name in self.held]
+        return reestimating(able, self.batches, self.caller, prior=0) if able else None
+
+    @cached_property
+    def recalibrate(self) -> Fix | None:
+        """Recalibrates every site, keeping as much of the source as `prior="auto"` does; None as for `reestimate`."""
+        if self.batches is None or isinstance(self.batches, Iterator) or not self.held:
+            return None
+        return reestimating(list(self.held), self.batches, self.caller, prior="auto", source=self.source)
+
+
+def _is_stopped(site: Site) -> bool:
+    affine = site.affine.values()
+    return bool(affine) and not any(p.requires_grad for p in affine)
+
+
+def was_trained(site: Site) -> bool:
+    """Whether weight or bias differ between channels; every initialisation in use sets them to constants."""
+    if is_lazy(site):
+        return False
+    tensors = (getattr(site.module, name, None) for name in ("weight", "bias"))
+    return any(isinstance(t, Tensor) and t.numel() > 1 and bool((t != t.flatten()[0]).any()) for t in tensors)
+
+
+def _less(total: Observed, before: Observed | None) -> Observed:
+    """What is left of `total` without `before`: the inverse of `merge`, up to rounding."""
+    if before is None:
+        return total
+    return Observed(*(_moments_less(t, b) for t, b in zip(total, before, strict=True)))
+
+
+def _moments_less(total: Moments, before: Moments) -> Moments:
+    count = total.count - before.count
+    mean = (total.mean * total.count - before.mean * before.count) / count
+    share = count / total.count
+    spread = total.var - (1 - share) * before.var - share * (1 - share) * (mean - before.mean).square()
+    return Moments(count, mean, (spread / share).clamp_min(0))

@@ -1,0 +1,145 @@
+"""What shows only when some batches are run again: with batch norms as in training, in other company, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from renorm.calls import Caller, map_tensors, read
+from renorm.moments import Moments
+from renorm.observe import measure, visiting
+from renorm.shift import Shift
+from renorm.sites import Site, unwrap
+from renorm.state import evaluating, preserving
+
+__all__ = ["Gap", "Padding", "depends_on_company", "gap_between_modes", "trailing_padding"]
+
+FEWEST = 16  # samples in a batch whose own moments may normalise it: below, the noise of the batch is the gap
+
+
+class Gap(NamedTuple):
+    """How evaluation and training mode disagree about the same samples.
+
+    changed  the share of samples whose first answer differs
+    better   by how much the training-mode answers are more often right, as a share of samples; None without labels
+    """
+
+    changed: float
+    better: float | None
+    samples: int
+
+
+class Padding(NamedTuple):
+    """What padding does to a site: its share of the positions, and how far it moves the moments, in sd without it."""
+
+    share: float
+    moved: float
+
+
+def gap_between_modes(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], caller: Caller) -> Gap | None:
+    """The gap over the batches of FEWEST samples or more; dropout and all else stay in evaluation in both modes.
+
+    None where there is no such batch, no batch norm, or the output is not logits (N, classes, *).
+    """
+    fit = [batch for batch in batches if read(batch).samples >= FEWEST]
+    held = [site for site in sites if site.tensors is not None]
+    if not fit or not held:
+        return None
+    calm, _ = _answers(model, fit, caller, [])
+    restless, labels = _answers(model, fit, caller, held)
+    if calm is None or restless is None or calm.shape != restless.shape:
+        return None
+    right = None
+    if labels is not None and labels.shape == calm.shape and not labels.is_floating_point():
+        right = float((torch.eq(restless, labels).double() - torch.eq(calm, labels).double()).mean())
+    return Gap(float(torch.ne(calm, restless).double().mean()), right, len(calm))
+
+
+def depends_on_company(model: nn.Module, batch: Any, caller: Caller) -> float | None:
+    """The largest change of a sample's output when half of the batch is left out, in sd of the outputs over the batch.
+
+    None for a single sample, for outputs without one row a sample, and where half a batch cannot be run.
+    """
+    count = read(batch).samples
+    if count < 2:
+        return None
+    half = count // 2
+
+    def first(tensor: Tensor) -> Tensor:
+        return tensor[:half] if tensor.dim() and tensor.shape[0] == count else tensor
+
+    with _looking(model):
+        whole = caller.run(model, batch).logits
+        try:
+            part = caller.run(model, map_tensors(first, batch)).logits
+        except Exception:  # what cannot be halved tells nothing of company
+            return None
+    if whole is None or part is None or whole.shape[:1] != (count,) or part.shape != whole[:half].shape:
+        return None
+    whole, part = whole.double(), part.double()
+    spread = float(whole.std(0, correction=0).mean()) or 1.0
+    return float((whole[:half] - part).abs().max()) / spread
+
+
+def trailing_padding(
+    model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], caller: Caller
+) -> dict[str, Padding]:
+    """Per site that reads sequences (N, C, T): positions at the end of a sample that repeat its last one exactly.
+
+    Only where their number differs between samples, as padding's does. Moments are compared with and without them.
+    """
+    found: dict[str, list[tuple[int, int, Moments, Moments]]] = {}
+
+    def visit(site: Site, x: Tensor) -> None:
+        if x.dim() != 3 or not x.numel():
+            return
+        x = x.detach().movedim(site.axis, 1)
+        repeats = (x == x[:, :, -1:]).all(1).flip(1).cumprod(1).flip(1).bool()
+        repeats &= repeats.sum(1, keepdim=True) > 1
+        runs = repeats.sum(1)
+        if int(runs.max()) == int(runs.min()) or bool(repeats.all()):
+            return
+        clean = x.transpose(1, 2)[~repeats]
+        entry = (int(repeats.sum()), repeats.numel(), Moments.of(x), Moments.of(clean))
+        found.setdefault(site.name, []).append(entry)
+
+    sequences = [site for site in sites if site.tensors is not None]
+    with _looking(model), visiting(unwrap(model), sequences, visit):
+        for batch in batches[:1]:
+            caller.run(model, batch)
+    return {
+        name: Padding(share=padded / total, moved=Shift.between(clean, whole, eps=1e-12).layer.wasserstein2)
+        for name, ((padded, total, whole, clean), *_) in found.items()
+    }
+
+
+@contextmanager
+def _looking(model: nn.Module) -> Iterator[None]:
+    with preserving(unwrap(model)), evaluating(model):
+        yield
+
+
+def _answers(
+    model: nn.Module, batches: Sequence[Any], caller: Caller, restless: Sequence[Site]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The first answer for each sample, with the sites in `restless` normalising by the batch, and the labels."""
+
+    def visit(site: Site, x: Tensor) -> None:
+        if x.numel():
+            site.normalise_by_(measure(x, axis=site.axis, exact=True).values)
+
+    answers: list[Tensor] = []
+    labels: list[Any] = []
+    with _looking(model), visiting(unwrap(model), restless, visit):
+        for batch in batches:
+            result = caller.run(model, batch)
+            if result.logits is None or result.logits.dim() < 2 or result.logits.shape[1] < 2:
+                return None, None
+            answers.append(result.logits.argmax(1).cpu())
+            labels.append(result.labels)
+    known = all(isinstance(part, Tensor) for part in labels)
+    return torch.cat(answers), torch.cat([part.cpu() for part in labels]) if known else None
