@@ -21,6 +21,7 @@ from renorm.prove import distance
 from renorm.sites import find_sites, unwrap
 from tests import zoo
 from tests.contracts.photograph import differences, photograph, process
+from tests.layers import catalogue as layers
 from tests.reference import folding as twin
 from tests.zoo import lived
 
@@ -623,6 +624,25 @@ def test_every_norm_of_the_zoo_is_folded_or_has_its_reason(case: zoo.Case) -> No
     assert type(result.model) is type(unwrap(model))
     assert set(result.folded).isdisjoint(s.name for s in find_sites(result.model))
     assert result.max_rel_error <= (0.25 if "narrow" in case.tags else 1e-5)
+
+
+EXACT = {"batch", "batch_renorm", "frozen", "ghost", "stochastic", "sync"}
+
+
+@pytest.mark.parametrize("name", sorted(layers.catalogue()))
+@pytest.mark.parametrize("act", [None, nn.ReLU()])
+def test_a_layer_of_ours_is_folded_where_it_is_a_map_and_kept_where_data_move_it(
+    name: str, act: nn.Module | None
+) -> None:
+    layer = layers.lived(name, act=act).eval()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Sigmoid()).eval()
+    if not any(s.kind == "batch" for s in find_sites(model)):
+        return
+    result = fold(model, torch.randn(4, *IMAGE))
+    assert (result.folded == ("1",)) == (name in EXACT)
+    if name in EXACT:
+        assert type(result.model[1]) is (nn.Identity if act is None else nn.ReLU)
+    same(model, result.model, torch.randn(4, *IMAGE) * 30 + 10)
 
 
 MUST_FOLD = {

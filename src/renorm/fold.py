@@ -125,7 +125,8 @@ def load_folded_(model: nn.Module, path: str | os.PathLike[str]) -> Loaded:
     made = copy.deepcopy(model)
     for each in (made, model):  # the copy first: where it does not fit, the model is as it was
         modules = dict(walk(unwrap(each)))
-        if lacking := [name for name in names if name not in modules]:
+        norms = {site.name for site in find_sites(each) if site.kind == "batch"}
+        if lacking := [name for name in names if name not in norms]:
             raise CheckpointError(f"{path} is of a model with a norm at {lacking[0]!r}, where this one has none.")
         for name in names:
             _replace(unwrap(each), modules[name], remainder(modules[name]))

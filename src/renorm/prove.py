@@ -120,9 +120,15 @@ class Proof:
         return before
 
     def _check_form(self, fold: Fold, left: nn.Module) -> Any:
-        def after(module: nn.Module, args: Any, output: Tensor) -> None:
-            if distance([output], [left(self._expected[fold.site][-1].clone())]) > self.tolerance:
-                self.broken.add(fold.site)
+        """Is the site its map, then what is left of it? On other values too: some layers only depart from it far out."""
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            affine = Affine(*(v.to(args[0].dtype) for v in fold.affine))
+            for given, got in ((args[0], output), *((x, None) for x in _farther(args[0]))):
+                mapped = affine(given, axis=self._axes[fold.site])
+                got = module.forward(given.clone()) if got is None else got
+                if distance([got], [left(mapped)]) > self.tolerance:
+                    self.broken.add(fold.site)
 
         return after
 
@@ -150,6 +156,11 @@ class Proof:
         self._seen[point] = self._seen.get(point, 0) + 1
         self.errors[site] = max(self.errors.get(site, 0.0), distance([expected], [got]))
         return expected
+
+
+def _farther(x: Tensor) -> list[Tensor]:
+    """The same values moved and spread, and drawn together, as no example of the source would have them."""
+    return [x * 20 + 30, x * 0.05 - 1]
 
 
 def remainder(norm: nn.Module) -> nn.Module:
