@@ -15,7 +15,8 @@ from renorm.calls import Caller, read
 from renorm.freeze import holds_statistics
 from renorm.mend import Fix, reestimating
 from renorm.moments import Moments, Observed
-from renorm.observe import Observation, finish, observing, sites_to_observe
+from renorm.observation import Observation
+from renorm.observe import finish, observing, sites_to_observe
 from renorm.second_look import Gap, Padding, depends_on_company, gap_between_modes, trailing_padding
 from renorm.shift import Shift
 from renorm.sites import Site, find_sites, is_lazy, unwrap, walk
