@@ -31,7 +31,7 @@ ROOMS = (
     *("calls", "files", "provenance", "observation", "observe"),
     *("evaluate", "verify", "trust", "checkpoints", "profile", "guard"),
     *("methods", "recalibrate", "regularisers", "finetune", "lean"),
-    *("graph", "absorb", "neighbours", "prove", "fold", "export", "adapters", "watch"),
+    *("graph", "absorb", "labels", "neighbours", "prove", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
     *("mend", "adjacent", "second_look", "suspects", "facts", "rules", "known", "doctor", "recommend"),
     # edges: files, screens, users
@@ -64,7 +64,7 @@ PUBLIC = (
         "split",
     ),
     *("Freeze", "Policy", "Split"),
-    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Folded", "Exported"),
+    *("Folded", "Exported"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from renorm.absorb import Absorber, Side
 from renorm.affine import Affine
 from renorm.graph import Graph, Layout, Operation, Place, Visit
+from renorm.labels import COPIES, MEANS, carried, channels_of, keeps_constants, numbered, shrunk, spread
 from renorm.said import say
 from renorm.sites import Site
 
@@ -23,9 +24,7 @@ __all__ = ["absorbers"]
 
 CONVOLUTIONS = ("convolution", "conv1d", "conv2d", "conv3d")
 PRODUCTS = ("linear", "addmm", "mm")
-COPIES = ("clone", "contiguous", "_to_copy")
 SUMS = ("add", "add_")
-MEANS = ("mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
 
 
 class _Linear(NamedTuple):
@@ -131,7 +130,7 @@ def _writers(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Mo
     if visit.entry is None:
         return say("it was called without a tensor")
     inside = {o.number for o in graph.operations if o.visit is not None and graph.visits[o.visit].site == site.name}
-    labels = _numbered(site.channels, visit.entry.layout, site.axis)
+    labels = numbered(site.channels, visit.entry.layout, site.axis)
     return _trace(graph, visit.entry, labels, inside, True, modules)
 
 
@@ -151,8 +150,8 @@ def _trace(
         )
     if place.value in graph.returned:
         return say("what it reads, from {operation}, is also part of the model's output", operation=str(operation))
-    carried = _carried(place, value.written, labels, value.elements)
-    if carried is None:
+    laid = carried(place, value.written, labels, value.elements)
+    if laid is None:
         return say(
             "it reads what {operation} wrote through a view that repeats or reinterprets it", operation=str(operation)
         )
@@ -160,11 +159,11 @@ def _trace(
         linear = _linear(graph, operation, modules)
         if isinstance(linear, str):
             return linear
-        channels = _channels(carried, linear.axis)
+        channels = channels_of(laid, linear.axis)
         if channels is None:
             return say("its channels are not those of {operation}", operation=str(operation))
         return [_Use(linear, channels, shifted)]
-    return _through(graph, operation, carried, shifted, modules)
+    return _through(graph, operation, laid, shifted, modules)
 
 
 def _through(
@@ -175,10 +174,10 @@ def _through(
     if operation.name in COPIES and isinstance(args.get("self"), Place):
         if args["self"].dtype == operation.writes[0].dtype:
             return _trace(graph, args["self"], labels, here, shifted, modules)
-    elif operation.name in MEANS and _keeps_constants(operation):
-        spread = _spread(labels, operation)
-        if spread is not None:
-            return _trace(graph, args["self"], spread, here, shifted, modules)
+    elif operation.name in MEANS and keeps_constants(operation):
+        behind_mean = spread(labels, operation)
+        if behind_mean is not None:
+            return _trace(graph, args["self"], behind_mean, here, shifted, modules)
     elif operation.name == "cat":
         found: list[_Use] = []
         start, axis = 0, args.get("dim", 0)
@@ -204,7 +203,7 @@ def _readers(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Mo
     """The operations that read what the site gives in this visit: convolutions and products, all of them."""
     if visit.exit is None:
         return say("it gives no tensor")
-    labels = _numbered(site.channels, visit.exit.layout, site.axis)
+    labels = numbered(site.channels, visit.exit.layout, site.axis)
     return _follow(graph, visit.exit, labels, modules)
 
 
@@ -218,10 +217,10 @@ def _follow(graph: Graph, place: Place, labels: Tensor, modules: Mapping[str, nn
     uses: list[_Use] = []
     for operation in readers:
         source = operation.args.get("self")
-        passes = operation.name in COPIES or (operation.name in MEANS and _keeps_constants(operation))
+        passes = operation.name in COPIES or (operation.name in MEANS and keeps_constants(operation))
         if passes and isinstance(source, Place) and source.dtype == operation.writes[0].dtype:
-            carried = _carried(place, source, labels, graph.values[place.value].elements)
-            passed = None if carried is None else _shrunk(carried, operation)
+            laid = carried(place, source, labels, graph.values[place.value].elements)
+            passed = None if laid is None else shrunk(laid, operation)
             if passed is None:
                 return say("what it gives is mixed by {operation}", operation=str(operation))
             behind = _follow(graph, operation.writes[0], passed, modules)
@@ -238,8 +237,8 @@ def _follow(graph: Graph, place: Place, labels: Tensor, modules: Mapping[str, nn
             return say(
                 "what it gives is used by {operation} otherwise than as the input of a layer", operation=str(operation)
             )
-        carried = _carried(place, linear.source, labels, graph.values[place.value].elements)
-        channels = None if carried is None else _channels(carried, linear.axis)
+        laid = carried(place, linear.source, labels, graph.values[place.value].elements)
+        channels = None if laid is None else channels_of(laid, linear.axis)
         if channels is None or bool((channels < 0).any()):
             return say("its channels are not those that {operation} reads", operation=str(operation))
         uses.append(_Use(linear, channels, True))
@@ -260,7 +259,7 @@ def _sisters(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Mo
         # what is added to in place must not be the site's output, which will be its input
         other = first if second == place else second if readers[0].name == "add" else None
         if isinstance(other, Place) and other.layout.size == place.layout.size:
-            labels = _numbered(site.channels, other.layout, site.axis)
+            labels = numbered(site.channels, other.layout, site.axis)
             found = _trace(graph, other, labels, {readers[0].number}, True, modules)
             uses = [] if isinstance(found, str) else found
     for use in uses:
@@ -284,52 +283,6 @@ def _is_centred(linear: _Linear) -> bool:
         and linear.operation.where == linear.owner[0]
         and all(k % 2 and s == 1 and p == d * (k - 1) // 2 for k, s, p, d in steps)
     )
-
-
-def _keeps_constants(operation: Operation) -> bool:
-    """Whether the mean of a constant is that constant: no zeros are counted in."""
-    args = operation.args
-    padded = args.get("padding", 0)
-    zeros = any(padded) if isinstance(padded, list | tuple) else bool(padded)
-    return args.get("divisor_override") is None and (not zeros or args.get("count_include_pad", True) is False)
-
-
-def _axes(operation: Operation, rank: int) -> list[int]:
-    """The dimensions that a mean is taken over."""
-    if operation.name == "mean":
-        dims = operation.args.get("dim")
-        return list(range(rank)) if not dims else [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
-    return list(range(2, rank))
-
-
-def _shrunk(labels: Tensor, operation: Operation) -> Tensor | None:
-    """The labels of what a copy or mean gives, from those of what it reads; None where it mixes channels."""
-    size = operation.writes[0].layout.size
-    if operation.name in COPIES:
-        return labels
-    axes = _axes(operation, labels.dim())
-    one = labels
-    for axis in axes:
-        one = one.narrow(axis, 0, 1)
-    if not bool((labels == one).all()):
-        return None
-    dropped = operation.name == "mean" and not operation.args.get("keepdim", False)
-    for axis in sorted(axes, reverse=True) if dropped else ():
-        one = one.squeeze(axis)
-    return one.expand(size)
-
-
-def _spread(labels: Tensor, operation: Operation) -> Tensor | None:
-    """The labels of what a mean reads, from those of what it gives; None where neighbours differ."""
-    size = operation.args["self"].layout.size
-    axes = _axes(operation, len(size))
-    if operation.name == "mean" and not operation.args.get("keepdim", False):
-        for axis in sorted(axes):
-            labels = labels.unsqueeze(axis)
-    one = labels
-    for axis in axes:
-        one = one.narrow(axis, 0, 1)
-    return one.expand(size) if bool((labels == one).all()) else None
 
 
 def _linear(graph: Graph, operation: Operation, modules: Mapping[str, nn.Module]) -> _Linear | str:
@@ -376,34 +329,3 @@ def _linear(graph: Graph, operation: Operation, modules: Mapping[str, nn.Module]
 def _owner(graph: Graph, place: Place) -> tuple[str, str] | None:
     """The first module that holds the tensor at `place`."""
     return graph.owners.get(place.value, [None])[0]
-
-
-def _numbered(channels: int, layout: Layout, axis: int) -> Tensor:
-    """The channel number of every element of a tensor of this size."""
-    shape = [1] * len(layout.size)
-    shape[axis] = channels
-    return torch.arange(channels, dtype=torch.int32).reshape(shape).expand(layout.size)
-
-
-def _carried(read: Place, written: Place, labels: Tensor, elements: int) -> Tensor | None:
-    """`labels` of a tensor as it was read, for the same memory as it was written; −1 where it was not read."""
-    if read.dtype != written.dtype:
-        return None
-    if read.layout == written.layout:
-        return labels
-    if any(stride == 0 and size > 1 for size, stride in zip(read.layout.size, read.layout.stride, strict=True)):
-        return None
-    memory = torch.full((elements,), -1, dtype=torch.int32)
-    memory.as_strided(*read.layout).copy_(labels)
-    return memory.as_strided(*written.layout)
-
-
-def _channels(labels: Tensor, axis: int) -> Tensor | None:
-    """The label of each channel along `axis`, −1 where it has none; None where a channel has several."""
-    axis %= labels.dim()
-    # along an expanded dimension all are equal: one of them is enough to look at
-    thin = [slice(None) if d == axis or stride else slice(0, 1) for d, stride in enumerate(labels.stride())]
-    flat = labels[tuple(thin)].movedim(axis, 0).flatten(1)
-    most = flat.amax(1)
-    least = torch.where(flat < 0, most[:, None], flat).amin(1)
-    return most if torch.equal(most, least) else None
