@@ -64,7 +64,7 @@ PUBLIC = (
         "split",
     ),
     *("Freeze", "Policy", "Split"),
-    *("Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Folded", "Exported"),
+    *("Folded", "Exported"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 
