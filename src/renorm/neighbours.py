@@ -93,12 +93,8 @@ def _absorber(
     ):
         return say("the calls of {name} would need different scales", name=name)
     if others := [o for o in graph.readers(linear.weight) if o.number not in numbers]:
-        return say(
-            "the weight of {name} is used {count} times, also by {other}",
-            name=name,
-            count=len(uses) + len(others),
-            other=str(others[0]),
-        )
+        count = len(uses) + len(others)
+        return say("the weight of {name} is used {count} times, also by {by}", name=name, count=count, by=others[0])
     if len(graph.owners[linear.weight.value]) > 1:
         held = [owner for owner in graph.owners[linear.weight.value] if owner != linear.owner]
         return say("the weight of {name} is tied to {other}", name=name, other=".".join(held[0]).lstrip("."))
@@ -143,25 +139,21 @@ def _trace(
         return say("it reads the model's input, or a tensor that no operation of the forward wrote")
     passes = operation.name in CONVOLUTIONS + PRODUCTS + COPIES + MEANS + SUMS + ("cat",)
     if not passes:
-        return say("what it reads comes from {operation}", operation=str(operation))
+        return say("what it reads comes from {operation}", operation=operation)
     if others := [o for o in graph.readers(place) if o.number not in allowed]:
-        return say(
-            "what it reads, from {operation}, is also read by {other}", operation=str(operation), other=str(others[0])
-        )
+        return say("what it reads, from {operation}, is also read by {other}", operation=operation, other=others[0])
     if place.value in graph.returned:
-        return say("what it reads, from {operation}, is also part of the model's output", operation=str(operation))
+        return say("what it reads, from {operation}, is also part of the model's output", operation=operation)
     laid = carried(place, value.written, labels, value.elements)
     if laid is None:
-        return say(
-            "it reads what {operation} wrote through a view that repeats or reinterprets it", operation=str(operation)
-        )
+        return say("it reads what {by} wrote through a view that repeats or reinterprets it", by=operation)
     if operation.name in CONVOLUTIONS + PRODUCTS:
         linear = _linear(graph, operation, modules)
         if isinstance(linear, str):
             return linear
         channels = channels_of(laid, linear.axis)
         if channels is None:
-            return say("its channels are not those of {operation}", operation=str(operation))
+            return say("its channels are not those of {operation}", operation=operation)
         return [_Use(linear, channels, shifted)]
     return _through(graph, operation, laid, shifted, modules)
 
@@ -196,7 +188,7 @@ def _through(
             left = _trace(graph, sides[0], labels, here, shifted, modules)
             right = _trace(graph, sides[1], labels, here, False, modules)
             return left if isinstance(left, str) else right if isinstance(right, str) else [*left, *right]
-    return say("what it reads comes from {operation}", operation=str(operation))
+    return say("what it reads comes from {operation}", operation=operation)
 
 
 def _readers(graph: Graph, site: Site, visit: Visit, modules: Mapping[str, nn.Module]) -> list[_Use] | str:
@@ -222,25 +214,25 @@ def _follow(graph: Graph, place: Place, labels: Tensor, modules: Mapping[str, nn
             laid = carried(place, source, labels, graph.values[place.value].elements)
             passed = None if laid is None else shrunk(laid, operation)
             if passed is None:
-                return say("what it gives is mixed by {operation}", operation=str(operation))
+                return say("what it gives is mixed by {operation}", operation=operation)
             behind = _follow(graph, operation.writes[0], passed, modules)
             if isinstance(behind, str):
                 return behind
             uses += behind
             continue
         if operation.name not in CONVOLUTIONS + PRODUCTS:
-            return say("what it gives is read by {operation}", operation=str(operation))
+            return say("what it gives is read by {operation}", operation=operation)
         linear = _linear(graph, operation, modules)
         if isinstance(linear, str):
             return linear
         if linear.source.value != place.value or operation.where != linear.owner[0]:
             return say(
-                "what it gives is used by {operation} otherwise than as the input of a layer", operation=str(operation)
+                "what it gives is used by {operation} otherwise than as the input of a layer", operation=operation
             )
         laid = carried(place, linear.source, labels, graph.values[place.value].elements)
         channels = None if laid is None else channels_of(laid, linear.axis)
         if channels is None or bool((channels < 0).any()):
-            return say("its channels are not those that {operation} reads", operation=str(operation))
+            return say("its channels are not those that {operation} reads", operation=operation)
         uses.append(_Use(linear, channels, True))
     return uses
 
@@ -294,18 +286,16 @@ def _linear(graph: Graph, operation: Operation, modules: Mapping[str, nn.Module]
         source, weight = args.get("mat1", args.get("self")), args["mat2"]
         bias = args["self"] if operation.name == "addmm" else None
         if args.get("alpha", 1) != 1 or args.get("beta", 1) != 1:
-            return say("{operation} scales its terms", operation=str(operation))
+            return say("{operation} scales its terms", operation=operation)
     if not isinstance(weight, Place) or not isinstance(source, Place):
-        return say("{operation} has no weight", operation=str(operation))
+        return say("{operation} has no weight", operation=operation)
     owner = _owner(graph, weight)
     if owner is None:
-        return say(
-            "the weight of {operation} is computed in the forward, and is no parameter", operation=str(operation)
-        )
+        return say("the weight of {operation} is computed in the forward, and is no parameter", operation=operation)
     held = Layout.of(getattr(modules[owner[0]], owner[1]))
     flipped = Layout(held.size[::-1], held.stride[::-1], held.offset)
     if weight.layout != held and (operation.name not in ("addmm", "mm") or weight.layout != flipped):
-        return say("{operation} uses part of a weight, or another view of it", operation=str(operation))
+        return say("{operation} uses part of a weight, or another view of it", operation=operation)
     convolves = operation.name in CONVOLUTIONS
     transposed = bool(args.get("transposed", False))
     padding = args.get("padding", 0)

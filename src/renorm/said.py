@@ -7,6 +7,7 @@ the same values; nothing is parsed back out of a finished sentence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Number
 
 __all__ = ["Said", "follow", "listed", "many", "say", "some"]
 
@@ -41,8 +42,9 @@ class Said(str):
 
 
 def say(template: str, /, **values: object) -> Said:
-    """`template` with `values` in the places of its `{name:spec}`, as `str.format` does it."""
-    return Said(template.format(**values), template, values)
+    """`template` with `values` in the places of its `{name:spec}`, as `str.format` does it; objects are kept as their text."""
+    held = {name: value if isinstance(value, str | Number) else str(value) for name, value in values.items()}
+    return Said(template.format(**held), template, held)
 
 
 def many(count: int, one: str, more: str, /, **values: object) -> Said:
