@@ -33,9 +33,9 @@ BATCH, SIDE, REPEATS = 4, 224, 3
 class FoldNorms(Suite):
     """Ours, a fold by order of registration (as mmcv does) and torch.fx, on the same networks with the same example."""
 
-    name: ClassVar = "fold"
-    revision: ClassVar = 1
-    timed: ClassVar = True
+    name: ClassVar[str] = "fold"
+    revision: ClassVar[int] = 1
+    timed: ClassVar[bool] = True
 
     def cells(self) -> Iterator[Cell]:
         for model in (*NAMED, *OTHERS) if self.size == "full" else NAMED:

@@ -22,8 +22,8 @@ class ExportModel(OnExample):
     --force or without.
     """
 
-    name: ClassVar = "export"
-    example: ClassVar = "renorm export timm:resnet50 --checkpoint resnet50.safetensors -o resnet50.onnx"
+    name: ClassVar[str] = "export"
+    example: ClassVar[str] = "renorm export timm:resnet50 --checkpoint resnet50.safetensors -o resnet50.onnx"
 
     output: str = option("", "the file to write: .onnx, .pt2 or .safetensors", short="-o", metavar="OUT", required=True)
     keep_norms: bool = option(False, "leave batch norms as they are")

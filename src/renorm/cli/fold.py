@@ -22,8 +22,8 @@ class FoldNorms(OnExample):
     written.
     """
 
-    name: ClassVar = "fold"
-    example: ClassVar = "renorm fold timm:resnet50 --checkpoint resnet50.safetensors -o folded.safetensors"
+    name: ClassVar[str] = "fold"
+    example: ClassVar[str] = "renorm fold timm:resnet50 --checkpoint resnet50.safetensors -o folded.safetensors"
 
     output: str = option(
         "", "the weights to write: .safetensors, .pt or .pth", short="-o", metavar="OUT", required=True
