@@ -116,7 +116,7 @@ class Facts:
         batches = self.batches if self.batches is not None else ()
         asked = batches if self.batch else islice(batches, 1)
         passing = observing(self.model, self._keeping(asked), under="running", caller=self.caller)
-        return finish(self._noting(passing), sites_to_observe(self.model))
+        return finish(self._noting(passing), sites_to_observe(self.model), under="running")
 
     def _keeping(self, batches: Iterable[Any]) -> Iterable[Any]:
         """The batches themselves; the first are kept, so that a second look needs no second reading."""

@@ -18,7 +18,8 @@ class Company(Rule):
     title: ClassVar[str] = say("answers depend on the batch")
     needs: ClassVar[tuple[str, ...]] = ("company",)
 
-    # In sd of the outputs. Rounding makes 1e-5 in float32 and 0.02 in bfloat16; a layer without statistics makes 0.1 and more.
+    # In sd of the outputs. ResNet-20, ResNet-8 and MobileNet: 0 in float32 and in bfloat16, 0.23 to 0.52 once their last batch
+    # norm has no statistics. The limit leaves room for kernels that depend on the size of the batch.
     limit: float = 0.05
 
     def check(self, facts: Facts) -> Iterator[Finding]:
