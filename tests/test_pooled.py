@@ -108,6 +108,22 @@ def test_a_certainty_that_was_not_reached_is_said() -> None:
     assert any("all 20 images were read" in note and "asked for 0.001" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("prior", [0, 16, "auto"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_ruined_channels_take_the_targets_moments_and_leave_the_others_alone(prior: Any, value: float) -> None:
+    images = shifted(64)
+    model, sound = layer(), layer()
+    model[0].running_var[2] = value
+    recalibrate_(model, [images], prior=prior)
+    recalibrate_(sound, [images], prior=prior)
+    assert bool(torch.isfinite(model[0].running_var).all())
+    torch.testing.assert_close(model[0].running_var[2], images[:, 2].var(), rtol=1e-4, atol=1e-4)
+    if prior != "auto":  # there the weight is of all channels together
+        others = [0, 1, 3]
+        torch.testing.assert_close(model[0].running_var[others], sound[0].running_var[others])
+        torch.testing.assert_close(model[0].running_mean[others], sound[0].running_mean[others])
+
+
 @pytest.mark.parametrize("prior", [-1, 0.5, True, "some"])
 def test_a_prior_that_counts_nothing_is_refused(prior: Any) -> None:
     with pytest.raises(UsageError, match=r'prior is "auto" or the number of images.*got '):

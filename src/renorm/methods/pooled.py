@@ -86,6 +86,7 @@ class Pooled(Method):
             known, found = held[site.name], seen.get(site.name)
             if known is None or found is None:
                 continue
+            known = _mended(known, found.values)
             weight = self._source_weight(site, known, found, source)
             blended = known.blend(found.values, source_weight=weight, cross_term=False, geometric=self.prior == "auto")
             moments[site.name] = blended
@@ -135,6 +136,13 @@ class Pooled(Method):
             moved, gap = Shift.between(known, found.values, eps=site.eps).moved, source.gap(site.name)
             floor = max(floor, gap / (gap + moved))
         return source_share(float(found.standard_error(known.var + site.eps).square().mean()), floor=floor)
+
+
+def _mended(held: Moments, target: Moments) -> Moments:
+    """`held`, with the target's moments in channels that hold what no data can give: there is no source to blend with."""
+    sound = torch.isfinite(held.mean) & torch.isfinite(held.var) & (held.var >= 0)
+    mean, var = (torch.where(sound, own, new.to(own)) for own, new in ((held.mean, target.mean), (held.var, target.var)))
+    return Moments(held.count, mean, var)
 
 
 def widest(seen: Observation, held: dict[str, Moments | None]) -> float:

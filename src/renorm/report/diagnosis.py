@@ -31,7 +31,7 @@ KINDS: Mapping[str, Said] = {
 def verdict(diagnosis: Diagnosis) -> Words:
     """The one thing to know."""
     batch = sum(site.kind == "batch" for site in diagnosis.sites)
-    if diagnosis.findings:
+    if not diagnosis.healthy:
         return _about(diagnosis.findings)[0]
     if not batch:
         others = Counter(site.kind for site in diagnosis.sites)
@@ -74,8 +74,8 @@ def verdict(diagnosis: Diagnosis) -> Words:
 
 
 def blocks(diagnosis: Diagnosis, *, rows: int = ROWS) -> tuple[Block, ...]:
-    """What follows the verdict: the other findings, then the sites, worst first."""
-    parts: list[Block] = list(_about(diagnosis.findings)[1:])
+    """What follows the verdict: the findings that it is not, then the sites, worst first."""
+    parts: list[Block] = list(_about(diagnosis.findings)[0 if diagnosis.healthy else 1 :])
     parts += pictures(diagnosis)
     if diagnosis.distances:
         parts.append(_table(diagnosis, rows))
