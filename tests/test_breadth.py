@@ -159,3 +159,8 @@ def test_it_runs_and_needs_no_data(
     assert "2 families, 0 wrong" in capsys.readouterr().out
     assert main(f"bench speed -o {tmp_path}".split()) == 2
     assert "--data should be the folder with nets.py" in capsys.readouterr().err
+
+
+def test_the_loader_that_is_to_fail_does() -> None:
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(breadth._broken([torch.zeros(1)]))
