@@ -30,15 +30,15 @@ ROOMS = (
     # model + batches
     *("calls", "files", "provenance", "observation", "observe"),
     *("evaluate", "verify", "trust", "checkpoints", "profile", "guard"),
-    *("methods", "recalibrate", "regularisers", "finetune", "lean"),
-    *("graph", "absorb", "labels", "neighbours", "prove", "fold", "export", "adapters", "watch"),
+    *("methods", "recalibrate", "regularisers", "feed", "heads", "choices", "recipe", "runs", "events", "session"),
+    *("finetune", "lean", "graph", "absorb", "labels", "neighbours", "prove", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
     *("mend", "adjacent", "second_look", "suspects", "facts", "rules", "known", "doctor", "recommend"),
     # edges: files, screens, users
     *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
 EDGES = ROOMS[ROOMS.index("preprocessing") :]
-FAMILIES = ("layers", "methods", "rules")  # folders with a base.py and a catalogue
+FAMILIES = ("layers", "methods", "regularisers", "rules")  # folders with a base.py and a catalogue
 
 EXTRAS = {
     *("timm", "torchvision", "PIL", "accelerate", "pandas", "pyarrow", "transformers", "datasets", "matplotlib"),
@@ -65,6 +65,7 @@ PUBLIC = (
     ),
     *("Freeze", "Policy", "Split"),
     *("Folded", "Exported"),
+    *("finetune_", "FineTuned"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 

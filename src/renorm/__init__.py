@@ -8,8 +8,10 @@ from renorm.errors import NoBatchNorm as NoBatchNorm
 from renorm.errors import RenormError as RenormError
 from renorm.evaluate import Score as Score
 from renorm.evaluate import evaluate as evaluate
+from renorm.events import FineTuned as FineTuned
 from renorm.export import Exported as Exported
 from renorm.export import export as export
+from renorm.finetune import finetune_ as finetune_
 from renorm.fold import Folded as Folded
 from renorm.fold import fold as fold
 from renorm.fold import load_folded_ as load_folded_
@@ -50,6 +52,7 @@ __all__ = [
     "Conversion",
     "Diagnosis",
     "Exported",
+    "FineTuned",
     "Folded",
     "Freeze",
     "Gap",
@@ -71,6 +74,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_sites",
+    "finetune_",
     "fold",
     "freeze_",
     "frozen",
