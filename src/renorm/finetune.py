@@ -127,7 +127,7 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
     with kept(model) as source, own_randomness(), ExitStack() as opened:
         origin = fingerprint(model) if recipe.run is not None else ""
         plan = planned(model, feed, recipe, source)
-        run = run_for(plan, recipe, origin)
+        run = run_for(plan, recipe, origin, writes=accelerator.is_main_process)
         still = Still(model, plan, recipe)
         opened.callback(still.let_go)
         still.hold(epoch=recipe.epochs)

@@ -35,25 +35,32 @@ class Run:
     """The folder of one training run, held by this process until `close()`.
 
     identity   plain values that say which run this is (model, data, options): a checkpoint of another one is refused
+    writes     False in all but one of several processes that train together: they only read
     Raises UsageError where the path is no folder or another process holds it; CheckpointError for a checkpoint that is
     damaged or belongs to another run.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], *, writes: bool = True) -> None:
         self.folder = Path(folder)
+        self.writes = writes
+        self._lock: IO[str] | None = None
         self.identity = json.loads(json.dumps(dict(identity), default=str))
+        if writes:
+            self._take()
+
+    def _take(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] | None = (self.folder / ".lock").open("a")
+            self._lock = (self.folder / ".lock").open("a")
         except OSError as error:
             raise UsageError(
-                f"{folder} cannot hold a run: {error.strerror or error}. Give the name of a folder."
+                f"{self.folder} cannot hold a run: {error.strerror or error}. Give the name of a folder."
             ) from error
         if fcntl is not None:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                self._lock.close()
+                self.close()
                 raise UsageError(
                     f"another process is training in {self.folder}; let it finish, or give another folder."
                 ) from error
@@ -97,6 +104,8 @@ class Run:
         """
         from safetensors.torch import save_file
 
+        if not self.writes:
+            return
         for name, tensor in saved.tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise Diverged(

@@ -296,7 +296,7 @@ def penalties(model: nn.Module, plan: Plan, recipe: Recipe, feed: Feed, kept: Ke
     return [opened.enter_context(each.over(start)) for each in recipe.regularisers]
 
 
-def run_for(plan: Plan, recipe: Recipe, origin: str) -> Run | Unsaved:
+def run_for(plan: Plan, recipe: Recipe, origin: str, *, writes: bool) -> Run | Unsaved:
     """The folder on disk of this very model, data and recipe; something that keeps nothing where none was asked for."""
     if recipe.run is None:
         return Unsaved()
@@ -307,7 +307,7 @@ def run_for(plan: Plan, recipe: Recipe, origin: str) -> Run | Unsaved:
         "labels": sorted((labels.counts or {}).items()),
         "first": fingerprint({str(i): t for i, t in enumerate(tensors_in(list(labels.first)))}),
     }
-    return Run(recipe.run, {"model": origin, "data": data, **recipe.identity()})
+    return Run(recipe.run, {"model": origin, "data": data, **recipe.identity()}, writes=writes)
 
 
 def _moved(kept: Kept) -> dict[str, float]:
