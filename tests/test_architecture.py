@@ -17,6 +17,7 @@ from renorm import layers
 from renorm.family import stub
 from renorm.layers.base import Layer
 from renorm.methods.base import Method
+from renorm.regularisers.base import Regulariser
 from tests.every_raise import raises_in, unreached
 
 PACKAGE = Path(__file__).parents[1] / "src" / "renorm"
@@ -206,8 +207,8 @@ def test_every_file_of_a_family_is_in_its_catalogue(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "interface", "besides"),
-    [("methods", Method, ()), ("layers", Layer, layers.BESIDES)],
-    ids=["methods", "layers"],
+    [("methods", Method, ()), ("layers", Layer, layers.BESIDES), ("regularisers", Regulariser, ())],
+    ids=["methods", "layers", "regularisers"],
 )
 def test_type_checkers_are_told_what_the_folder_holds(family: str, interface: type, besides: tuple[str, ...]) -> None:
     package = importlib.import_module(f"renorm.{family}")
