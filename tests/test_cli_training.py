@@ -88,7 +88,7 @@ def test_what_cannot_be_trained_is_refused(folder: Path, renorm: Callable[[str],
 def test_the_same_command_goes_on_after_a_stop(
     folder: Path,
     renorm: Callable[[str], Ran],
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = "finetune nets.py:net two.npz --epochs 2 --lr 0.02 --batch-size 8 --policy all"
     assert renorm(f"{words} -o whole.safetensors").code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import renorm
+from renorm.choices import Facts, choose_rate
 from renorm.errors import (
     BatchError,
     CheckpointError,
@@ -303,9 +305,16 @@ def test_the_rate_follows_the_batch_and_what_trains() -> None:
     def chosen(**options: Any) -> float:
         return finetune_(net(), data(64, size=16), epochs=1, head="keep", **options).lr
 
-    assert chosen(policy="all") == 0.0005
-    assert chosen(policy="affine-and-head") == 0.0015
+    assert chosen(policy="all") == 0.0015
+    assert chosen(policy="affine-and-head") == 0.0045
     assert chosen(lr=0.3) == 0.3
+    facts = Facts(samples=9, batch=64, classes=3, present=3, outputs=3, right=0.5, weights=2_000_000, shift=0.1)
+    assert choose_rate("auto", facts, POLICIES["all"]).value == 0.001
+    bare = choose_rate("auto", dataclasses.replace(facts, shift=None), POLICIES["all"])
+    assert (bare.value, bare.why) == (
+        0.0001,
+        "0.0001 for nets without batch norm at batches of 64, by the root of 64 / 64",
+    )
 
 
 def test_gradual_unfreezing_goes_from_the_head_to_the_first_stage() -> None:

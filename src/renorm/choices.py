@@ -15,16 +15,17 @@ from renorm.feed import Labels
 from renorm.observe import observe
 from renorm.policy import Policy, preset
 from renorm.shift import Shift
-from renorm.sites import find_sites
+from renorm.sites import find_sites, parameters_of
 from renorm.state import evaluating, preserving
 
 # What the suite `transfer` of `renorm bench` measured sets these.
 FEW = 10  # labels per class; below it a head on fixed features is all that they can teach
 SMALL = 16  # samples in a batch; below it a batch's own statistics are too noisy to normalise by
 FAR = 0.5  # source standard deviations, mean over sites; clean data of the source itself lie at about 0.2
-RATE = 1e-3  # of AdamW, at batches of 64
+RATE = 3e-3  # of AdamW, at batches of 64, for nets with batch norm
+LARGE = 1_000_000  # parameters; above it a third of that, as is usual, since only small nets were measured
 ADAPTER = 3  # norm layers alone bear a higher rate
-NEW_HEAD = 3  # and what starts from nothing too
+NORMLESS = 1e-4  # without batch norm a rate is not made good by the next normalisation: what transformers are tuned by
 
 HEAD_ON_TARGET = Policy(
     name="recalibrate-then-head",
@@ -44,6 +45,7 @@ class Facts:
     present   how many of them have samples
     outputs   how many outputs the model has; None where its last layer does not tell
     right     share of samples of the first batches that the model, as it came, gets right; None without class labels
+    weights   how many parameters it has
     shift     distance of the target's moments from the statistics held, in source sd, mean over sites; None without sites
     """
 
@@ -53,6 +55,7 @@ class Facts:
     present: int | None
     outputs: int | None
     right: float | None
+    weights: int
     shift: float | None
 
 
@@ -90,6 +93,7 @@ def measure(
         present=None if counts is None else len(counts),
         outputs=outputs,
         right=_right(model, labels.first, caller) if counts is not None else None,
+        weights=sum(p.numel() for p in parameters_of(model).values()),
         shift=_shift(model, labels.first, caller),
     )
 
@@ -177,7 +181,7 @@ def _policy(facts: Facts) -> Choice:
 
 
 def choose_rate(asked: float | str, facts: Facts, policy: Policy) -> Choice:
-    """The learning rate. "auto": 0.001 (AdamW) at batches of 64, by the root of their size; thrice that for norm layers alone.
+    """The learning rate. "auto" goes by what the net is made of, its size, the batches and what trains; see `Choice.why`.
 
     Raises UsageError for what is no rate.
     """
@@ -185,11 +189,16 @@ def choose_rate(asked: float | str, facts: Facts, policy: Policy) -> Choice:
         if isinstance(asked, bool | str) or not 0 < asked < float("inf"):
             raise UsageError(f'lr is "auto" or a number above 0; got {asked!r}.')
         return Choice(float(asked), "asked for")
+    normless, large = facts.shift is None, facts.weights > LARGE
+    base = NORMLESS if normless else RATE / 3 if large else RATE
+    kind = (
+        "nets without batch norm" if normless else f"batch norm nets {'above' if large else 'up to'} a million weights"
+    )
     alone = "rest" not in policy.trains
     # above 256 the root rule is not what was measured, and large rates cost more than they bring
-    rate = RATE * (min(facts.batch, 256) / 64) ** 0.5 * (ADAPTER if alone else 1)
-    what = f"{RATE} for AdamW at batches of 64, by the root of {facts.batch} / 64"
-    return Choice(float(f"{rate:.3g}"), what + (f", times {ADAPTER} as no other weights train" if alone else ""))
+    rate = base * (min(facts.batch, 256) / 64) ** 0.5 * (ADAPTER if alone else 1)
+    why = f"{base:g} for {kind} at batches of 64, by the root of {facts.batch} / 64"
+    return Choice(float(f"{rate:.3g}"), why + (f", times {ADAPTER} as no other weights train" if alone else ""))
 
 
 def _right(model: nn.Module, batches: Sequence[Any], caller: Caller) -> float | None:
