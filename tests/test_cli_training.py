@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from renorm.cli.screen import Screen
-from tests.test_cli import NETS, Ran, Terminal, refused, renorm  # noqa: F401  (a fixture)
+from tests.test_cli import NETS, Ran, Terminal, refused
 
 WIDE = NETS.replace("def net():", "def net(num_classes=2):").replace("nn.Linear(4, 2)", "nn.Linear(4, num_classes)")
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_finetune_writes_weights_with_their_origin(folder: Path, renorm: Callable[[str], Ran]) -> None:  # noqa: F811
+def test_finetune_writes_weights_with_their_origin(folder: Path, renorm: Callable[[str], Ran]) -> None:
     words = "finetune nets.py:net three.npz --val three.npz -o new.safetensors --epochs 4 --batch-size 16 --lr 0.05"
     ran = renorm(f"{words} --format json")
     assert (ran.code, ran.err) == (0, "")
@@ -58,14 +58,14 @@ def test_finetune_writes_weights_with_their_origin(folder: Path, renorm: Callabl
     assert "What moved, farthest first" in table.out
 
 
-def test_finetune_without_val_and_with_regularisers(folder: Path, renorm: Callable[[str], Ran]) -> None:  # noqa: F811
+def test_finetune_without_val_and_with_regularisers(folder: Path, renorm: Callable[[str], Ran]) -> None:
     ran = renorm("finetune nets.py:net two.npz -o new.pt --epochs 1 --regularisers l2_sp,bss --policy affine-and-head")
     assert ran.code == 0, ran.err
     assert "give --val DATA" in " ".join(ran.out.split())
     assert (folder / "new.pt").exists()
 
 
-def test_pretrain_builds_the_model_for_the_data(folder: Path, renorm: Callable[[str], Ran]) -> None:  # noqa: F811
+def test_pretrain_builds_the_model_for_the_data(folder: Path, renorm: Callable[[str], Ran]) -> None:
     ran = renorm("pretrain nets.py:net three.npz -o new.pt --epochs 2 --lr 0.02 --format json")
     assert ran.code == 0, ran.err
     assert (ran.json["result"]["head"], ran.json["result"]["policy"]) == ("keep", "all")
@@ -75,7 +75,7 @@ def test_pretrain_builds_the_model_for_the_data(folder: Path, renorm: Callable[[
     )
 
 
-def test_what_cannot_be_trained_is_refused(folder: Path, renorm: Callable[[str], Ran]) -> None:  # noqa: F811
+def test_what_cannot_be_trained_is_refused(folder: Path, renorm: Callable[[str], Ran]) -> None:
     refused(renorm("finetune nets.py:net plain.npz -o new.pt"), "plain.npz has no labels to train on")
     refused(renorm("finetune nets.py:net two.npz -o new.pt --policy fozen"), "no policy 'fozen'", "'frozen'")
     refused(renorm("finetune nets.py:net two.npz -o new.pt --regularisers l3"), "no regulariser 'l3'")
@@ -113,7 +113,7 @@ def test_the_same_command_goes_on_after_a_stop(
     refused(renorm(f"{words} -o other.pt --run-folder run --seed 1"), "belongs to another run")
 
 
-def test_a_configuration_reproduces_the_run(folder: Path, renorm: Callable[[str], Ran]) -> None:  # noqa: F811
+def test_a_configuration_reproduces_the_run(folder: Path, renorm: Callable[[str], Ran]) -> None:
     words = "finetune nets.py:net two.npz --epochs 1 --lr 0.02 --regularisers bss"
     (folder / "run.yaml").write_text(renorm(f"{words} -o a.safetensors --print-config").out)
     assert renorm(f"{words} -o a.safetensors").code == 0

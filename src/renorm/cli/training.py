@@ -84,6 +84,7 @@ class Trains(OnModel):
             blocks=page.blocks(result),
             result=page.result(result) | {"output": self.output},
             notes=(*result.notes, *notes(model, dataset, val)),
+            origin=self.origin_of(model, dataset, fingerprinted=origin),
         )
 
 
