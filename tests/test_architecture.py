@@ -66,7 +66,7 @@ PUBLIC = (
     ),
     *("Freeze", "Policy", "Split"),
     *("Folded", "Exported"),
-    *("finetune_", "FineTuned"),
+    *("finetune_", "FineTuned", "save_adapter", "load_adapter_", "Adapter"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 

@@ -1,5 +1,8 @@
 """renorm makes pretrained networks work on new data by getting their normalisation layers right."""
 
+from renorm.adapters import Adapter as Adapter
+from renorm.adapters import load_adapter_ as load_adapter_
+from renorm.adapters import save_adapter as save_adapter
 from renorm.affine import Affine as Affine
 from renorm.doctor import Diagnosis as Diagnosis
 from renorm.doctor import diagnose as diagnose
@@ -47,6 +50,7 @@ from renorm.verify import verify as verify
 __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
+    "Adapter",
     "Affine",
     "BatchError",
     "Conversion",
@@ -78,6 +82,7 @@ __all__ = [
     "fold",
     "freeze_",
     "frozen",
+    "load_adapter_",
     "load_folded_",
     "observe",
     "parameter_groups",
@@ -85,6 +90,7 @@ __all__ = [
     "policy_table",
     "profile",
     "recalibrate_",
+    "save_adapter",
     "split",
     "unfreeze_",
     "verify",
