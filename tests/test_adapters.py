@@ -108,7 +108,7 @@ def test_another_base_is_refused_and_untouched(tmp_path: Path) -> None:
         load_adapter_(wider, file)
     save_adapter(narrow := net(), tmp_path / "narrow.safetensors")
     narrow[1] = nn.BatchNorm2d(5)
-    with pytest.raises(CheckpointError, match=r"holds 1\.weight of shape \(4,\), and the model's is \(5,\)"):
+    with pytest.raises(CheckpointError, match=r"holds 1\.bias of shape \(4,\), and the model's is \(5,\)"):
         load_adapter_(narrow, tmp_path / "narrow.safetensors")
 
 
