@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from renorm.cli.screen import Screen
-from tests.test_cli import NETS, Ran, Terminal, refused
+from tests.test_cli import NETS, Ran, Terminal, refused, renorm  # noqa: F401 (the last is a fixture)
 
 WIDE = NETS.replace("def net():", "def net(num_classes=2):").replace("nn.Linear(4, 2)", "nn.Linear(4, num_classes)")
 

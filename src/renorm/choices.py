@@ -14,6 +14,7 @@ from renorm.errors import BatchError, UsageError
 from renorm.feed import Labels
 from renorm.observe import observe
 from renorm.policy import Policy, preset
+from renorm.said import say
 from renorm.shift import Shift
 from renorm.sites import find_sites, parameters_of
 from renorm.state import evaluating, preserving
@@ -26,6 +27,9 @@ RATE = 3e-3  # of AdamW, at batches of 64, for nets with batch norm
 LARGE = 1_000_000  # parameters; above it a third of that, as is usual, since only small nets were measured
 ADAPTER = 3  # norm layers alone bear a higher rate
 NORMLESS = 1e-4  # without batch norm a rate is not made good by the next normalisation: what transformers are tuned by
+
+ASKED = say("asked for")
+NETS = (say("batch norm nets up to a million weights"), say("batch norm nets above a million weights"))
 
 HEAD_ON_TARGET = Policy(
     name="recalibrate-then-head",
@@ -107,7 +111,7 @@ def choose_head(
     """
     if asked not in ("auto", "new", "keep"):
         raise UsageError(f'head is "auto", "new" or "keep"; got {asked!r}.')
-    choice = Choice(asked, "asked for") if asked != "auto" else _head(facts, names, own)
+    choice = Choice(asked, ASKED) if asked != "auto" else _head(facts, names, own)
     counts = labels.counts
     if counts is None:
         if choice.value == "new" and facts.classes is None:
@@ -134,18 +138,20 @@ def choose_head(
 
 def _head(facts: Facts, names: Sequence[str] | None, own: Sequence[str] | None) -> Choice:
     if facts.classes is None:
-        return Choice("keep", "the labels are no class indices")
+        return Choice("keep", say("the labels are no class indices"))
     if names and own:
-        same = tuple(names) == tuple(own)
-        return Choice("keep" if same else "new", f"the label names are {'' if same else 'not '}the model's")
+        if tuple(names) == tuple(own):
+            return Choice("keep", say("the label names are the model's"))
+        return Choice("new", say("the label names are not the model's"))
     if facts.outputs is None or facts.classes > facts.outputs:
-        return Choice("new", f"{facts.classes} classes do not fit {facts.outputs or 'the'} outputs")
+        return Choice("new", say("{classes} classes do not fit {outputs} outputs", **vars(facts)))
+    if facts.right is None:
+        same = facts.classes == facts.outputs
+        return Choice("keep" if same else "new", say("{classes} classes, {outputs} outputs", **vars(facts)))
     # labels without names: the model knows them if it is right far more often than chance, and uses most of its outputs
-    if facts.right is not None and facts.right > 2 / facts.classes and 2 * facts.classes >= facts.outputs:
-        return Choice("keep", f"as it came the model gets {facts.right:.0%} of {facts.classes} classes right")
-    if facts.right is None and facts.classes == facts.outputs:
-        return Choice("keep", f"there are {facts.classes} classes and as many outputs")
-    return Choice("new", f"as it came the model gets {facts.right or 0:.0%} of {facts.classes} classes right")
+    known = facts.right > 2 / facts.classes and 2 * facts.classes >= facts.outputs
+    why = say("as it came the model gets {right:.0%} of {classes} classes right", **vars(facts))
+    return Choice("keep" if known else "new", why)
 
 
 def choose_policy(asked: str | Policy, facts: Facts) -> Choice:
@@ -153,7 +159,7 @@ def choose_policy(asked: str | Policy, facts: Facts) -> Choice:
 
     Raises UnknownName for another name, BatchError where batches of one would have to normalise themselves.
     """
-    choice = Choice(preset(asked), "asked for") if asked != "auto" else _policy(facts)
+    choice = Choice(preset(asked), ASKED) if asked != "auto" else _policy(facts)
     if choice.value.statistics == "moving" and facts.batch == 1 and facts.shift is not None:
         raise BatchError(
             f"the policy {choice.value.name!r} normalises by the batch, and batches hold one sample each; give larger "
@@ -166,15 +172,17 @@ def _policy(facts: Facts) -> Choice:
     each = None if facts.samples is None or not facts.present else facts.samples / facts.present
     few = each is not None and each < FEW
     if facts.shift is None:
-        name = "head-only" if few else "all"
-        return Choice(
-            preset(name), "no layer holds statistics" + (f", and there are {each:.0f} labels per class" if few else "")
-        )
+        if few:
+            return Choice(
+                preset("head-only"),
+                say("no layer holds statistics, and there are {each:.0f} labels per class", each=each),
+            )
+        return Choice(preset("all"), say("no layer holds statistics"))
     far = facts.shift > FAR
-    seen = f"batches of {facts.batch}, statistics {facts.shift:.2f} source sd away"
     if few:
-        policy = HEAD_ON_TARGET if far else preset("head-only")
-        return Choice(policy, f"{each:.0f} labels per class, statistics {facts.shift:.2f} source sd away")
+        why = say("{each:.0f} labels per class, statistics {shift:.2f} source sd away", each=each, shift=facts.shift)
+        return Choice(HEAD_ON_TARGET if far else preset("head-only"), why)
+    seen = say("batches of {batch}, statistics {shift:.2f} source sd away", batch=facts.batch, shift=facts.shift)
     if facts.batch < SMALL:
         return Choice(preset("recalibrate-then-freeze" if far else "frozen-statistics"), seen)
     return Choice(preset("all"), seen)
@@ -188,17 +196,19 @@ def choose_rate(asked: float | str, facts: Facts, policy: Policy) -> Choice:
     if asked != "auto":
         if isinstance(asked, bool | str) or not 0 < asked < float("inf"):
             raise UsageError(f'lr is "auto" or a number above 0; got {asked!r}.')
-        return Choice(float(asked), "asked for")
+        return Choice(float(asked), ASKED)
     normless, large = facts.shift is None, facts.weights > LARGE
     base = NORMLESS if normless else RATE / 3 if large else RATE
-    kind = (
-        "nets without batch norm" if normless else f"batch norm nets {'above' if large else 'up to'} a million weights"
-    )
+    kind = say("nets without batch norm") if normless else NETS[large]
     alone = "rest" not in policy.trains
     # above 256 the root rule is not what was measured, and large rates cost more than they bring
     rate = base * (min(facts.batch, 256) / 64) ** 0.5 * (ADAPTER if alone else 1)
-    why = f"{base:g} for {kind} at batches of 64, by the root of {facts.batch} / 64"
-    return Choice(float(f"{rate:.3g}"), why + (f", times {ADAPTER} as no other weights train" if alone else ""))
+    why = say(
+        "{base:g} for {kind} at batches of 64, by the root of {batch} / 64", base=base, kind=kind, batch=facts.batch
+    )
+    if alone:
+        why = say("{why}, times {times} as no other weights train", why=why, times=ADAPTER)
+    return Choice(float(f"{rate:.3g}"), why)
 
 
 def _right(model: nn.Module, batches: Sequence[Any], caller: Caller) -> float | None:

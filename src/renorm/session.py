@@ -25,6 +25,7 @@ from renorm.provenance import fingerprint
 from renorm.recipe import Recipe, labels_of
 from renorm.regularisers.base import Penalty, Start
 from renorm.runs import Run, Saved, Unsaved
+from renorm.said import say
 from renorm.sites import Site, device_of, find_sites, parameters_of, unwrap, walk
 from renorm.split import Split, split
 from renorm.state import Undo
@@ -129,7 +130,9 @@ def planned(model: nn.Module, feed: Feed, recipe: Recipe, kept: Kept) -> Plan:
     head = choose_head(recipe.head, facts, labels, names=names, own=_own_names(model))
     policy = choose_policy(recipe.policy, facts)
     rate = choose_rate(recipe.lr, facts, policy.value)
-    notes = () if labels.complete else ("the batches can be read only once: statistics are not re-estimated on them",)
+    notes = (
+        () if labels.complete else (say("the batches can be read only once: statistics are not re-estimated on them"),)
+    )
     if head.value == "new":
         feed.begin(0)
         kept.head = new_head_(model, parts, facts.classes or 0, names=names)

@@ -8,46 +8,55 @@ from typing import Any
 from renorm.events import FineTuned
 from renorm.report import score as scores
 from renorm.report.base import Bar, Block, Table, Words
+from renorm.said import follow, many, say
 
 ROWS = 8
 
 
 def verdict(result: FineTuned, *, output: str) -> Words:
     """What it came to."""
+    steps = many(result.steps, "{count:,} step", "{count:,} steps")
+    written = say("Written to {output}.", output=output)
     if result.score is None:
-        last = f"Loss {result.history[-1].loss:.3g} in the last epoch. Nothing was held back to score it on: give --val DATA."
-        return Words(f"{last} Written to {output}.", "good", f"Trained for {result.steps:,} steps")
-    name, value = result.score.metric.replace("_", " "), scores.value(result.score)
-    text = f"95 % interval {scores.interval(result.score)}, from {result.score.count:,} samples. Written to {output}."
-    return Words(text, "good", f"Trained for {result.steps:,} steps: {name} {value}")
+        last = say("Loss {loss:.3g} in the last epoch.", loss=result.history[-1].loss)
+        unscored = say("Nothing was held back to score it on: give --val DATA.")
+        return Words(follow(follow(last, unscored), written), "good", say("Trained for {steps}", steps=steps))
+    value = scores.value(result.score)
+    title = say("Trained for {steps}: {metric} {value}", steps=steps, metric=scores.metric(result.score), value=value)
+    text = say(
+        "95 % interval {interval}, from {samples}.",
+        interval=scores.interval(result.score),
+        samples=many(result.score.count, "{count:,} sample", "{count:,} samples"),
+    )
+    return Words(follow(text, written), "good", title)
 
 
 def blocks(result: FineTuned) -> tuple[Block, ...]:
     """What follows the verdict: what was chosen and why, the epochs, what moved farthest."""
+    why = say("why")
     chosen = Table(
-        "Chosen",
-        ("", "what", "why"),
+        say("Chosen"),
+        ("", say("what"), why),
         (
-            ("policy", result.policy.name, result.why["policy"]),
-            ("learning rate", f"{result.lr:g}", result.why["lr"]),
-            ("head", result.head, result.why["head"]),
+            (say("policy"), result.policy.name, result.why["policy"]),
+            (say("learning rate"), f"{result.lr:g}", result.why["lr"]),
+            (say("head"), say("new") if result.head == "new" else say("kept"), result.why["head"]),
         ),
-        words=("why",),
+        words=(why,),
     )
-    named = result.history[-1].score.metric if result.history[-1].score else ""
-    epochs = Table(
-        "Epochs",
-        ("epoch", "loss", *([named] if named else []), "seconds"),
-        tuple(
-            (
-                str(epoch.epoch + 1),
-                f"{epoch.loss:.4g}",
-                *([scores.value(epoch.score)] if epoch.score else []),
-                f"{epoch.seconds:.1f}",
-            )
-            for epoch in result.history[-ROWS:]
-        ),
+    shown = result.history[-ROWS:]
+    scored = [epoch.score for epoch in shown if epoch.score is not None]
+    rows = tuple(
+        (
+            str(epoch.epoch + 1),
+            f"{epoch.loss:.4g}",
+            *([scores.value(epoch.score)] if epoch.score else []),
+            f"{epoch.seconds:.1f}",
+        )
+        for epoch in shown
     )
+    metric = [scores.metric(scored[0])] if scored else []
+    epochs = Table(say("Epochs"), (say("epoch"), say("loss"), *metric, say("seconds")), rows)
     return (chosen, epochs, *([_moved(result)] if result.moved else []))
 
 
@@ -55,9 +64,10 @@ def _moved(result: FineTuned) -> Table:
     order = sorted(result.moved, key=lambda name: -result.moved[name])
     longest = max(result.moved.values()) or 1.0
     rows = tuple((name, Bar(result.moved[name] / longest, f"{result.moved[name]:.3g}")) for name in order[:ROWS])
-    hidden = len(order) - len(rows)
-    more = f" {hidden} more in --format json." if hidden else ""
-    return Table("What moved, farthest first", ("name", "relative to what it was"), rows, note=f"By 2-norm.{more}")
+    note = say("How far a tensor went, by 2-norm, over how large it was.")
+    if hidden := len(order) - len(rows):
+        note = follow(note, say("{hidden} more in --format json.", hidden=hidden))
+    return Table(say("What moved, farthest first"), (say("name"), say("moved")), rows, note=note)
 
 
 def result(result: FineTuned) -> dict[str, Any]:
