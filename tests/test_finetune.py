@@ -32,6 +32,7 @@ from renorm.errors import (
     UsageError,
 )
 from renorm.events import Epoch, Finished, Started, Stepped
+from renorm.feed import Feed
 from renorm.finetune import finetune_, training
 from renorm.policy import POLICIES
 from renorm.recipe import Recipe
@@ -631,3 +632,65 @@ def test_a_copy_shares_nothing_with_what_was_trained() -> None:
     twin = copy.deepcopy(model)
     finetune_(model, data(), epochs=1, head="keep")
     assert weights(twin) == weights(net())
+
+
+RANKS = """
+import sys
+import torch
+from torch import nn
+from tests.test_finetune import data, net
+from renorm.finetune import finetune_
+model = net()
+model[6] = nn.Identity()
+options = {"policy": sys.argv[2], "epochs": 2, "lr": 0.1, "head": "new", "clip": None, "run": sys.argv[1] + ".run"}
+result = finetune_(model, data(32, size=8), data(12), optimiser=lambda groups: torch.optim.SGD(groups, lr=0.1), **options)
+rank = torch.distributed.get_rank()
+torch.save([model.state_dict(), result.steps, result.value], f"{sys.argv[1]}.{rank}")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("policy", ["frozen-statistics", "all"])
+def test_two_processes_are_one_with_batches_twice_as_large(policy: str, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "ACCELERATE_USE_CPU": "1"}
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launch, str(tmp_path / "ranks.py"), str(tmp_path / "out"), policy]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (first, steps, value), (second, *same) = (torch.load(tmp_path / f"out.{rank}") for rank in (0, 1))
+    assert [steps, value] == same
+    assert steps == 4  # of 4 batches each process takes 2, twice
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-6, atol=1e-7)
+    if policy == "frozen-statistics":
+        twin = net()
+        twin[6] = nn.Identity()
+        options: dict[str, Any] = {"policy": policy, "epochs": 2, "lr": 0.1, "head": "new", "clip": None}
+        pairs = [[torch.cat(part) for part in zip(a, b, strict=True)] for a, b in _orders(data(32, size=8))]
+        finetune_(twin, _Pairs(pairs), optimiser=lambda groups: torch.optim.SGD(groups, lr=0.1), **options)
+        for name, tensor in twin.state_dict().items():
+            torch.testing.assert_close(tensor, first[name], rtol=1e-4, atol=1e-5)
+
+
+def _orders(train: list[Batch]) -> Any:
+    """The batches of both epochs as two processes share them, in pairs."""
+    feed = Feed(train, 2, 0)
+    batches = [batch for epoch in range(2) for batch in feed.epoch(epoch)]
+    return list(zip(batches[::2], batches[1::2], strict=True))
+
+
+class _Pairs:
+    """Pairs of an epoch, then those of the next."""
+
+    def __init__(self, pairs: list[Any]) -> None:
+        self.pairs, self.reads = pairs, 0
+
+    def __iter__(self) -> Any:
+        self.reads += 1
+        half = len(self.pairs) // 2
+        # the first reading is the look before training
+        return iter(self.pairs[half:] if self.reads == 3 else self.pairs[:half])
