@@ -160,11 +160,11 @@ def test_each_keeps_a_run_nearer_and_leaves_no_hooks(name: str) -> None:
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
     assert weights(model) != weights(plain)
     if name == "l2_sp":
-        far = [float((m[0].weight - net()[0].weight).norm()) for m in (model, plain)]
+        far = [(m[0].weight - net()[0].weight).norm().item() for m in (model, plain)]
         assert far[0] < 0.5 * far[1]
     if name == "delta":
         x = data()[0][0]
-        away = [float((m[:5](x) - net()[:5](x)).norm()) for m in (model, plain)]
+        away = [(m[:5](x) - net()[:5](x)).norm().item() for m in (model, plain)]
         assert away[0] < away[1]
 
 
