@@ -56,6 +56,9 @@ stubs: $(VENV)/core.stamp
 	$(BIN)/python -c "from renorm.family import stub; from renorm.layers import BESIDES; \
 	from renorm.layers.base import Layer; print(stub('renorm.layers', Layer, *BESIDES), end='')" > $(VENV)/stub
 	mv $(VENV)/stub src/renorm/layers/__init__.pyi
+	$(BIN)/python -c "from renorm.family import stub; from renorm.regularisers.base import Regulariser; \
+	print(stub('renorm.regularisers', Regulariser), end='')" > $(VENV)/stub
+	mv $(VENV)/stub src/renorm/regularisers/__init__.pyi
 
 # Take the newest versions of everything, then run the tests before committing the new constraints.
 lock:

@@ -17,6 +17,7 @@ from renorm import layers
 from renorm.family import stub
 from renorm.layers.base import Layer
 from renorm.methods.base import Method
+from renorm.regularisers.base import Regulariser
 from tests.every_raise import raises_in, unreached
 
 PACKAGE = Path(__file__).parents[1] / "src" / "renorm"
@@ -30,15 +31,15 @@ ROOMS = (
     # model + batches
     *("calls", "files", "provenance", "observation", "observe"),
     *("evaluate", "verify", "trust", "checkpoints", "profile", "guard"),
-    *("methods", "recalibrate", "regularisers", "finetune", "lean"),
-    *("graph", "absorb", "labels", "neighbours", "prove", "fold", "export", "adapters", "watch"),
+    *("methods", "recalibrate", "regularisers", "feed", "heads", "choices", "recipe", "runs", "events", "session"),
+    *("finetune", "lean", "graph", "absorb", "labels", "neighbours", "prove", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
     *("mend", "adjacent", "second_look", "suspects", "facts", "rules", "known", "doctor", "recommend"),
     # edges: files, screens, users
     *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
 EDGES = ROOMS[ROOMS.index("preprocessing") :]
-FAMILIES = ("layers", "methods", "rules")  # folders with a base.py and a catalogue
+FAMILIES = ("layers", "methods", "regularisers", "rules")  # folders with a base.py and a catalogue
 
 EXTRAS = {
     *("timm", "torchvision", "PIL", "accelerate", "pandas", "pyarrow", "transformers", "datasets", "matplotlib"),
@@ -65,6 +66,7 @@ PUBLIC = (
     ),
     *("Freeze", "Policy", "Split"),
     *("Folded", "Exported"),
+    *("finetune_", "FineTuned", "save_adapter", "load_adapter_", "Adapter"),
     *("RenormError", "BatchError", "NoBatchNorm"),
 )
 
@@ -205,8 +207,8 @@ def test_every_file_of_a_family_is_in_its_catalogue(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "interface", "besides"),
-    [("methods", Method, ()), ("layers", Layer, layers.BESIDES)],
-    ids=["methods", "layers"],
+    [("methods", Method, ()), ("layers", Layer, layers.BESIDES), ("regularisers", Regulariser, ())],
+    ids=["methods", "layers", "regularisers"],
 )
 def test_type_checkers_are_told_what_the_folder_holds(family: str, interface: type, besides: tuple[str, ...]) -> None:
     package = importlib.import_module(f"renorm.{family}")

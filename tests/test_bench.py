@@ -402,3 +402,39 @@ def test_a_cell_of_fold_measures_ours_and_theirs() -> None:
     assert values["norms"] == values["folded"] == 46
     assert values["error"] < 1e-4
     assert values["mmcv error"] > 1e-2
+
+
+def _transferred(**errors: float) -> list[Row]:
+    """Rows of one task and share, three seeds that differ by nothing else."""
+    names = {"plain": "plain", "auto": "auto", "frozen": "frozen-statistics"}
+    return [
+        Row(Cell.of(task="tinyimagenet20", share=0.15, seed=seed, way=names[way]), {"error": value + seed})
+        for seed in range(3)
+        for way, value in errors.items()
+    ]
+
+
+def test_the_table_of_transfer_computes_its_verdicts() -> None:
+    table = catalogue()["transfer"].table
+    better = table(None, _transferred(plain=66.0, auto=63.0, frozen=64.0))  # type: ignore[arg-type]
+    assert "| +3.0 [+3.0, +3.0] | yes |" in better
+    assert "| 1 of 1 | yes |" in better
+    assert "| tinyimagenet20 | 15% | 67.0 | 64.0 | 65.0 |" in better
+    worse = table(None, _transferred(plain=64.0, auto=63.0, frozen=60.0))  # type: ignore[arg-type]
+    assert "| +1.0 [+1.0, +1.0] | no |" in worse
+    assert "| 0 of 1 | no |" in worse
+    table(None, _transferred(plain=64.0))  # type: ignore[arg-type]
+    table(None, [])  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_cell_of_transfer_learns_a_new_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    from renorm.bench import transfer
+
+    monkeypatch.setitem(transfer.EPOCHS, "quick", 1)
+    monkeypatch.setitem(transfer.MEASURED, "quick", 64)
+    monkeypatch.setitem(transfer.SHARES, "quick", (0.01,))
+    suite = catalogue()["transfer"](data=shared("nets.py").parent)
+    for way in transfer.QUICK:
+        cell = Cell.of(task="pneumoniamnist", share=0.01, seed=0, way=way)
+        assert 0 < suite.run_cell(cell)["error"] < 100

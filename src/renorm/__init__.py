@@ -1,5 +1,8 @@
 """renorm makes pretrained networks work on new data by getting their normalisation layers right."""
 
+from renorm.adapters import Adapter as Adapter
+from renorm.adapters import load_adapter_ as load_adapter_
+from renorm.adapters import save_adapter as save_adapter
 from renorm.affine import Affine as Affine
 from renorm.doctor import Diagnosis as Diagnosis
 from renorm.doctor import diagnose as diagnose
@@ -8,8 +11,10 @@ from renorm.errors import NoBatchNorm as NoBatchNorm
 from renorm.errors import RenormError as RenormError
 from renorm.evaluate import Score as Score
 from renorm.evaluate import evaluate as evaluate
+from renorm.events import FineTuned as FineTuned
 from renorm.export import Exported as Exported
 from renorm.export import export as export
+from renorm.finetune import finetune_ as finetune_
 from renorm.fold import Folded as Folded
 from renorm.fold import fold as fold
 from renorm.fold import load_folded_ as load_folded_
@@ -45,11 +50,13 @@ from renorm.verify import verify as verify
 __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
+    "Adapter",
     "Affine",
     "BatchError",
     "Conversion",
     "Diagnosis",
     "Exported",
+    "FineTuned",
     "Folded",
     "Freeze",
     "Gap",
@@ -71,9 +78,11 @@ __all__ = [
     "evaluate",
     "export",
     "find_sites",
+    "finetune_",
     "fold",
     "freeze_",
     "frozen",
+    "load_adapter_",
     "load_folded_",
     "observe",
     "parameter_groups",
@@ -81,6 +90,7 @@ __all__ = [
     "policy_table",
     "profile",
     "recalibrate_",
+    "save_adapter",
     "split",
     "unfreeze_",
     "verify",

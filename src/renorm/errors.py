@@ -10,6 +10,7 @@
     ├── CheckpointError                weights that cannot be read, or do not fit the model
     ├── FileExists     (FileExistsError)  an output that stands there already
     ├── MissingExtra   (ImportError)   an optional package that is not installed
+    ├── Diverged       (ArithmeticError)  training whose loss is no longer a number
     ├── NoBatchNorm                    a verb that needs batch norm met a model without
     └── OpenChange                     an undo out of order
 
@@ -30,6 +31,7 @@ __all__ = [
     "BatchError",
     "CheckpointError",
     "DataError",
+    "Diverged",
     "FileExists",
     "MissingExtra",
     "ModelError",
@@ -106,6 +108,10 @@ class MissingExtra(RenormError, ImportError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.extra, self.package, self.purpose)
+
+
+class Diverged(RenormError, ArithmeticError):
+    """Training whose loss or weights are no longer finite numbers."""
 
 
 class NoBatchNorm(RenormError):

@@ -102,6 +102,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Inside, anyone may seed torch's, NumPy's and Python's global generators; after it they stand as before."""
+    generators = _generators()
+    try:
+        yield
+    finally:
+        _set_generators(generators)
+
+
 class Undo:
     """An open change at some modules. `restore_()` gives back the state they had when this was made, bit for bit.
 

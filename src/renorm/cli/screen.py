@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from renorm.errors import UsageError
 from renorm.report.base import Report
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,20 @@ class Screen:
     def steps(self, steps: Iterable[Any], doing: str, *, total: int) -> Iterator[Any]:
         """`steps`, of which there will be `total`, each drawn as it is done."""
         return iter(_Watched(steps, doing, total)) if self.draws else iter(steps)
+
+    @contextmanager
+    def progress(self, doing: str, *, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+        """A function that draws so many more steps as done, with what is to be said of them; `total` 0 is not known."""
+        if not self.draws:
+            yield lambda steps, said: None
+            return
+        with _drawing() as progress:
+            task = progress.add_task(doing, total=total or None, completed=done)
+
+            def draw(steps: int, said: str) -> None:
+                progress.update(task, advance=steps, description=f"{doing}, {said}")
+
+            yield draw
 
     def show(self, report: Report) -> None:
         """Print the report on stdout in the format that was asked for, and write the page if one was."""
@@ -109,20 +127,25 @@ class _Watched:
         return getattr(self.items, name)
 
     def __iter__(self) -> Iterator[Any]:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         self.reads += 1
         doing = self.doing if self.reads == 1 else f"{self.doing} (pass {self.reads})"
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
-        with Progress(*columns, console=console, transient=True) as progress:
+        with _drawing() as progress:
             task = progress.add_task(doing, total=self.total)
             for item in self.items:
                 yield item
                 progress.advance(task)
+
+
+def _drawing() -> Progress:
+    """A progress line on stderr, with the time that is left; it goes when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+    return Progress(*columns, console=console, transient=True)

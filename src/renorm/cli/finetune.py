@@ -1,0 +1,55 @@
+"""`renorm finetune MODEL DATA -o OUT`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from renorm.cli.base import option
+from renorm.cli.training import Trains
+
+if TYPE_CHECKING:
+    from renorm.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Trains):
+    """Train a pretrained model on labelled data, with its norm layers moving as they should.
+
+    A list of classes other than the model's gives it a new head. Stop it at any step: with --run-folder the same command
+    goes on from there to the same result.
+    """
+
+    name: ClassVar[str] = "finetune"
+    example: ClassVar[str] = (
+        "renorm finetune nets.py:resnet20 --checkpoint resnet20.safetensors photos/ --val test/ -o new.safetensors"
+    )
+
+    policy: str = option("auto", "what may move: auto, all, frozen-statistics, head-only …", metavar="NAME")
+    regularisers: str = option("", "l2_sp, delta, bss, co_tuning; several with commas between", metavar="NAMES")
+    head: Literal["auto", "new", "keep"] = option("auto", "auto: new unless the label names are the model's")
+    gradual: bool = option(False, "train the head first, then one stage after another")
+    depth_decay: float = option(1.0, "the rate falls by this factor from stage to stage towards the input")
+
+    def recipe(self) -> Recipe:
+        from renorm.calls import Caller
+        from renorm.policy import preset
+        from renorm.recipe import Recipe
+        from renorm.regularisers.base import build
+
+        return Recipe(
+            policy=self.policy if self.policy == "auto" else preset(self.policy),
+            regularisers=build([name.strip() for name in self.regularisers.split(",") if name.strip()]),
+            epochs=self.epochs,
+            lr=self.lr,
+            head=self.head,
+            metric=self.metric,
+            seed=self.seed,
+            optimiser=self.optimiser,
+            weight_decay=self.weight_decay,
+            depth_decay=self.depth_decay,
+            gradual=self.gradual,
+            run=self.run_folder or None,
+            save_every=self.save_every,
+            caller=Caller(**self.calling()),
+        )

@@ -1,0 +1,148 @@
+"""`renorm finetune` and `renorm pretrain`: what they write, say and refuse, and going on after a stop."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from renorm.cli import main
+from renorm.cli.screen import Screen
+from tests.test_cli import NETS, Ran, Terminal, refused
+
+WIDE = NETS.replace("def net():", "def net(num_classes=2):").replace("nn.Linear(4, 2)", "nn.Linear(4, num_classes)")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model's file and images of two, and of three, classes that differ in brightness."""
+    (tmp_path / "nets.py").write_text(WIDE)
+    rng = np.random.default_rng(0)
+    for name, classes in (("two", 2), ("three", 3)):
+        labels = rng.integers(0, classes, 48)
+        images = rng.integers(0, 60, (48, 8, 8, 3)) + 90 * labels[:, None, None, None]
+        names = np.array([f"{name}-{k}" for k in range(classes)])
+        np.savez(tmp_path / f"{name}.npz", images=images.astype(np.uint8), labels=labels, classes=names)
+    np.savez(tmp_path / "plain.npz", images=images.astype(np.uint8))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def renorm(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Ran]:
+    def run(words: str) -> Ran:
+        code = main(words.split())
+        return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+def test_finetune_writes_weights_with_their_origin(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    words = "finetune nets.py:net three.npz --val three.npz -o new.safetensors --epochs 4 --batch-size 16 --lr 0.05"
+    ran = renorm(f"{words} --format json")
+    assert (ran.code, ran.err) == (0, "")
+    result = ran.json["result"]
+    assert result["head"] == "new"
+    assert result["policy"] == "all"
+    assert result["steps"] == 12
+    assert len(result["history"]) == 4
+    assert result["value"] == result["score"]["value"] > 0.6
+    assert set(result["why"]) == {"policy", "lr", "head"}
+    with safe_open(folder / "new.safetensors", framework="pt") as opened:
+        made = json.loads(opened.metadata()["provenance"])
+        assert opened.get_tensor("8.weight").shape == (3, 4)
+    assert made["classes"] == ["three-0", "three-1", "three-2"]
+    assert made["command"].startswith("renorm finetune nets.py:net three.npz")
+    again = renorm("evaluate nets.py:net --checkpoint new.safetensors --num-classes 3 three.npz --format json")
+    assert again.json["result"]["value"] == result["value"]
+    table = renorm(f"{words} --force")
+    assert "Trained for 12 steps: accuracy" in table.out
+    assert "Chosen" in table.out
+    assert "What moved, farthest first" in table.out
+
+
+def test_finetune_without_val_and_with_regularisers(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    ran = renorm("finetune nets.py:net two.npz -o new.pt --epochs 1 --regularisers l2_sp,bss --policy affine-and-head")
+    assert ran.code == 0, ran.err
+    assert "give --val DATA" in " ".join(ran.out.split())
+    assert (folder / "new.pt").exists()
+
+
+def test_pretrain_builds_the_model_for_the_data(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    ran = renorm("pretrain nets.py:net three.npz -o new.pt --epochs 2 --lr 0.02 --format json")
+    assert ran.code == 0, ran.err
+    assert (ran.json["result"]["head"], ran.json["result"]["policy"]) == ("keep", "all")
+    assert torch.load(folder / "new.pt", weights_only=True)["state_dict"]["8.weight"].shape == (3, 4)
+    refused(
+        renorm("pretrain nets.py:plain three.npz -o p.pt --epochs 1"), "the labels run to 2, but there are 2 classes"
+    )
+
+
+def test_what_cannot_be_trained_is_refused(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    refused(renorm("finetune nets.py:net plain.npz -o new.pt"), "plain.npz has no labels to train on")
+    refused(renorm("finetune nets.py:net two.npz -o new.pt --policy fozen"), "no policy 'fozen'", "'frozen'")
+    refused(renorm("finetune nets.py:net two.npz -o new.pt --regularisers l3"), "no regulariser 'l3'")
+    refused(renorm("finetune nets.py:net two.npz -o new.pt --metric acuracy"), "no metric 'acuracy'")
+    refused(renorm("finetune nets.py:net two.npz -o new.pt --epochs 0"), "epochs is a whole number")
+    refused(renorm("finetune nets.py:net two.npz"), "needs -o OUT")
+    assert not (folder / "new.pt").exists()
+
+
+def test_the_same_command_goes_on_after_a_stop(
+    folder: Path,
+    renorm: Callable[[str], Ran],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = "finetune nets.py:net two.npz --epochs 2 --lr 0.02 --batch-size 8 --policy all"
+    assert renorm(f"{words} -o whole.safetensors").code == 0
+    from renorm.runs import Run
+
+    saves = iter(range(100))
+    save = Run.save
+
+    def interrupted(self: Run, saved: object) -> None:
+        if next(saves) == 4:
+            raise KeyboardInterrupt
+        save(self, saved)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "save", interrupted)
+    stopped = renorm(f"{words} -o parts.safetensors --run-folder run --save-every 1")
+    assert (stopped.code, (folder / "parts.safetensors").exists()) == (130, False)
+    monkeypatch.setattr(Run, "save", save)
+    ran = renorm(f"{words} -o parts.safetensors --run-folder run --save-every 1")
+    assert ran.code == 0, ran.err
+    with safe_open("whole.safetensors", "pt") as whole, safe_open("parts.safetensors", "pt") as parts:
+        assert all(torch.equal(whole.get_tensor(n), parts.get_tensor(n)) for n in whole.keys())
+    refused(renorm(f"{words} -o other.pt --run-folder run --seed 1"), "belongs to another run")
+
+
+def test_a_configuration_reproduces_the_run(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    words = "finetune nets.py:net two.npz --epochs 1 --lr 0.02 --regularisers bss"
+    (folder / "run.yaml").write_text(renorm(f"{words} -o a.safetensors --print-config").out)
+    assert renorm(f"{words} -o a.safetensors").code == 0
+    assert renorm("finetune --config run.yaml -o b.safetensors").code == 0
+    with safe_open("a.safetensors", "pt") as a, safe_open("b.safetensors", "pt") as b:
+        assert all(torch.equal(a.get_tensor(n), b.get_tensor(n)) for n in a.keys())
+
+
+def test_progress_of_a_run_shows_steps_and_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drawn(Terminal, io.StringIO):
+        pass
+
+    drawn = Drawn()
+    monkeypatch.setattr(sys, "stderr", drawn)
+    monkeypatch.setenv("TERM", "xterm")
+    with Screen().progress("training", total=4, done=1) as draw:
+        draw(2, "epoch 1, loss 0.5")
+    assert "epoch 1, loss 0.5" in drawn.getvalue()
+    assert "3/4" in drawn.getvalue()
+    with Screen(quiet=True).progress("training", total=4) as draw:
+        draw(1, "said")
+    assert "said" not in drawn.getvalue()
