@@ -363,7 +363,7 @@ def test_every_step_is_observed_recalibrated_and_undone_by_itself() -> None:
 
 
 def test_a_shifted_stream_is_read_again_after_recalibration() -> None:
-    model, x = trained()
+    model, _ = trained()
     torch.manual_seed(2)
     fresh = torch.randn(256, 6, 3).cumsum(1)
     labels = (fresh[:, -1, 0] > 0).long()
@@ -431,7 +431,7 @@ def test_inputs_that_do_not_fit_are_refused_and_nothing_moves() -> None:
     rnn, x = made("lstm"), sequences()
     before = moments(rnn)
     packed = pack_padded_sequence(x, torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False)
-    for given, options, message in (
+    for wrong, options, message in (
         (x[:, :, :2], {}, r"BNLSTM reads sequences \(N, T, C\) of 3 values a step, .* given the shape \(7, 6, 2\)"),
         (x[:, :0], {}, r"the shape \(7, 0, 3\)"),
         (x, {"lengths": [6, 2, 0, 1, 1, 1, 1]}, "sequence 2 was said to have 0 steps; it needs 1 to 6"),
@@ -440,7 +440,7 @@ def test_inputs_that_do_not_fit_are_refused_and_nothing_moves() -> None:
         (x, {"hx": (torch.zeros(1, 7, 4), torch.zeros(1, 7, 4))}, r"initial states of shape .* = \(1, 7, 5\)"),
     ):
         with pytest.raises(BatchError, match=message):
-            rnn(given, **options)
+            rnn(wrong, **options)
     with pytest.raises(UsageError, match="a packed sequence knows its lengths"):
         rnn(packed, lengths=LENGTHS)
     with pytest.raises(BatchError, match=r"StepNorm has 20 channels, and was given the shape \(7, 3\)"):
@@ -449,9 +449,9 @@ def test_inputs_that_do_not_fit_are_refused_and_nothing_moves() -> None:
 
 
 def test_networks_that_have_no_counterpart_are_refused() -> None:
-    with pytest.raises(UsageError, match="from_lstm makes a BNLSTM of an nn.LSTM; got GRU"):
+    with pytest.raises(UsageError, match=r"from_lstm makes a BNLSTM of an nn\.LSTM; got GRU"):
         BNLSTM.from_lstm(nn.GRU(3, 4))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="from_gru makes a BNGRU of an nn.GRU; got LSTM"):
+    with pytest.raises(UsageError, match=r"from_gru makes a BNGRU of an nn\.GRU; got LSTM"):
         BNGRU.from_gru(nn.LSTM(3, 4))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a network with proj_size=2 was given"):
         BNLSTM.from_lstm(nn.LSTM(3, 4, proj_size=2))

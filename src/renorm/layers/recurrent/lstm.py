@@ -54,7 +54,7 @@ class BNLSTM(Recurrent):
         return output, (h, c)
 
     def _input_bias(self, suffix: str) -> Tensor:
-        return super()._input_bias(suffix) + getattr(self, f"bias_hh{suffix}")
+        return super()._input_bias(suffix) + self.get_parameter(f"bias_hh{suffix}")
 
     def _step(
         self, x: Tensor, state: tuple[Tensor, ...], t: int, suffix: str, passing: dict[str, Passing]

@@ -112,7 +112,7 @@ class StepNorm(nn.Module):
             return self._at(x, passing, step)
         if len(set(passing.sizes)) == 1 and self.on_slot is None and (not self.training or passing.sizes[0] > 1):
             return self._together(x, passing)
-        return torch.cat([self._at(part, passing, t) for t, part in enumerate(x.split(list(passing.sizes)))])
+        return torch.cat([self._at(part, passing, t) for t, part in enumerate(torch.split(x, list(passing.sizes)))])
 
     def track_(self, passing: Passing) -> None:
         """Move each step's statistics towards what the sequence measured there; steps that share a place are pooled."""
