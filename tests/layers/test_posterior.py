@@ -102,6 +102,6 @@ def test_recalibration_leaves_it_alone_and_says_so_unless_it_is_named() -> None:
 def test_a_model_with_nothing_else_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 2), PosteriorNorm(2)).eval()
     with pytest.raises(
-        UsageError, match="recalibrate_ found only layers that it leaves alone .'1'.: its statistics set"
+        UsageError, match=r"recalibrate_ found only layers that it leaves alone \('1'\): its statistics set"
     ):
         renorm.recalibrate_(model, [torch.randn(8, 3)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,9 @@ def test_without_norms_that_do_anything_it_is_torchs_network(kind: str) -> None:
         x = sequences().float()
         state = torch.randn(2 + 2 * bidirectional, 7, 5)
         begin = (state, state.flip(0)) if kind == "lstm" else state
-        for given in (x, x[0], pack_padded_sequence(x, torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False)):
-            hx = begin if not isinstance(given, Tensor) or given.dim() == 3 else None
-            (wanted, last), (got, final) = old(given, hx), new(given, hx)
+        for fed in (x, x[0], pack_padded_sequence(x, torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False)):
+            hx = begin if not isinstance(fed, Tensor) or fed.dim() == 3 else None
+            (wanted, last), (got, final) = old(fed, hx), new(fed, hx)
             torch.testing.assert_close(
                 *((o if isinstance(o, Tensor) else o.data) for o in (got, wanted)), rtol=1e-5, atol=1e-6
             )
@@ -322,6 +323,12 @@ class Reader(nn.Module):
 
 
 def trained() -> tuple[Reader, Tensor]:
+    model, x = _trained()
+    return copy.deepcopy(model), x
+
+
+@cache
+def _trained() -> tuple[Reader, Tensor]:
     torch.manual_seed(1)
     model, x = Reader(), torch.randn(64, 6, 3).cumsum(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

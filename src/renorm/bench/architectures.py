@@ -10,7 +10,14 @@ from renorm.bench.base import Cell, Row, Suite
 
 __all__ = ["Architectures"]
 
-EPOCHS = {"quick": 30, "full": 100}
+EPOCHS = {
+    ("rows", "quick"): 30,
+    ("rows", "full"): 100,
+    ("pixels", "quick"): 15,
+    ("pixels", "full"): 100,
+    ("digits", "quick"): 40,
+    ("digits", "full"): 200,
+}
 RATE = 3e-3
 
 
@@ -39,11 +46,11 @@ class Architectures(Suite):
                 yield Cell.of(part="vae", case="digits", seed=seed, way=way)
 
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
-        way, seed, epochs = cell["way"], cell["seed"], EPOCHS[self.size]
+        way, seed, epochs = cell["way"], cell["seed"], EPOCHS.get((cell["case"], self.size), 0)
         if cell["part"] == "sequence":
             return sequences.race(way, cell["case"], seed=seed, epochs=epochs, rate=RATE)
         if cell["part"] == "vae":
-            return variational.trained(way, seed=seed, epochs=2 * epochs)
+            return variational.trained(way, seed=seed, epochs=epochs)
         if cell["part"] == "gas":
             model, source, parts = signals.gas(self.data, seed)
             return signals.adapted(way, model, source, parts[cell["case"]])

@@ -17,7 +17,9 @@ __all__ = ["WAYS", "Vae", "trained"]
 WAYS = ("plain", "annealing", "free_bits", "bn")
 LATENT, HIDDEN, BATCH = 16, 64, 100
 FREE = 0.125  # nats per dimension that cost nothing: γ² / 2, so that both ways aim at one divergence
-ACTIVE = 0.01  # variance of a posterior mean over images, above which its dimension counts as active (Burda et al. 2016)
+ACTIVE = (
+    0.01  # variance of a posterior mean over images, above which its dimension counts as active (Burda et al. 2016)
+)
 
 
 class Vae(nn.Module):

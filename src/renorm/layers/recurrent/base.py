@@ -217,8 +217,8 @@ class Recurrent(nn.Module, ABC):
         for state in whole:
             if state.shape != shape:
                 raise BatchError(
-                    f"{type(self).__name__} needs initial states of shape (layers · directions, N, H) = {shape} for this input; "
-                    f"it was given {tuple(state.shape)}."
+                    f"{type(self).__name__} needs initial states of shape (layers · directions, N, H) = {shape} for this "
+                    f"input; it was given {tuple(state.shape)}."
                 )
         return whole if packed.sorted is None else tuple(state[:, packed.sorted] for state in whole)
 
@@ -255,14 +255,15 @@ def _checked(lengths: Any, x: Tensor) -> Tensor:
     found = torch.as_tensor(lengths).cpu()
     if found.shape != x.shape[1:2] or found.is_floating_point() or found.dtype == torch.bool:
         raise BatchError(
-            f"lengths should be {x.shape[1]} whole numbers, one for each sequence; got shape {tuple(found.shape)} of {found.dtype}."
+            f"lengths should be {x.shape[1]} whole numbers, one for each sequence; got shape {tuple(found.shape)} of "
+            f"{found.dtype}."
         )
     wrong = (found < 1) | (found > x.shape[0])
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise BatchError(
-            f"sequence {row} was said to have {int(found[row])} steps; it needs 1 to {x.shape[0]}, which is what the padded input "
-            "has. Leave out sequences without a step."
+            f"sequence {row} was said to have {int(found[row])} steps; it needs 1 to {x.shape[0]}, which is what the "
+            "padded input has. Leave out sequences without a step."
         )
     return found.long()
 
