@@ -11,7 +11,7 @@ import torch
 import renorm
 from renorm.bench import architectures_table, sequences, signals, variational
 from renorm.bench.architectures import Architectures
-from renorm.bench.base import Cell, Row
+from renorm.bench.base import SIZES, Cell, Row
 from tests.data import shared
 
 
@@ -23,7 +23,8 @@ def data() -> Path:
 
 
 def test_every_cell_has_its_own_key_and_a_place_in_the_table(data: Path) -> None:
-    cells = list(Architectures(data).cells())
+    quick, cells = (list(Architectures(data, size).cells()) for size in SIZES)
+    assert {cell.key for cell in quick} < {cell.key for cell in cells}
     assert len({cell.key for cell in cells}) == len(cells) == 3 * (4 * 5 + 6 * 5) + 2 * 3 * 2 + 3 * 4
     values = ("accuracy", "error", "steps_to_goal", "seconds_to_goal", "training_seconds", "steps", "reconstruction")
     values += ("divergence", "floor", "bound", "information", "active")

@@ -100,12 +100,7 @@ def recalibrate_(
     another model, UsageError for options that make no sense together.
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
-    sites = select(batch_sites(model, asked="recalibrate_"), include=include, exclude=exclude)
-    if not sites:
-        raise UsageError(
-            f"recalibrate_ was asked to touch {include!r} without {exclude!r}, and no batch norm is left by that."
-        )
-    sites, apart = _left_alone(sites, include)
+    sites, apart = _chosen(model, include, exclude)
     profile = source if isinstance(source, Profile) or source is None else Profile.load(source)
     measured = batches if isinstance(batches, Observation) else None
     chosen = _method(method, prior, tolerance, profile if measured is None else None, options)
@@ -162,8 +157,15 @@ def recalibrate_(
     )
 
 
-def _left_alone(sites: list[Site], include: str | Sequence[str]) -> tuple[list[Site], tuple[str, ...]]:
+def _chosen(
+    model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]
+) -> tuple[list[Site], tuple[str, ...]]:
     """The sites to recalibrate, and notes on those whose layer says that it stays, unless a pattern names them."""
+    sites = select(batch_sites(model, asked="recalibrate_"), include=include, exclude=exclude)
+    if not sites:
+        raise UsageError(
+            f"recalibrate_ was asked to touch {include!r} without {exclude!r}, and no batch norm is left by that."
+        )
     named = [pattern for pattern in ([include] if isinstance(include, str) else include) if pattern != "*"]
     staying = [site for site in sites if getattr(site.module, "stays", "") and not select([site], include=named)]
     if len(staying) == len(sites):
@@ -172,7 +174,11 @@ def _left_alone(sites: list[Site], include: str | Sequence[str]) -> tuple[list[S
             f"{cast(Any, staying[0].module).stays}. Name them with include= to move them all the same."
         )
     notes = [
-        f"{site.name!r} was left alone: {cast(Any, site.module).stays}. Name it with include= to move it all the same."
+        say(
+            "{site!r} was left alone: {reason}. Name it with include= to move it all the same.",
+            site=site.name,
+            reason=cast(Any, site.module).stays,
+        )
         for site in staying
     ]
     return [site for site in sites if site not in staying], tuple(notes)

@@ -34,7 +34,7 @@ def _sequence(rows: Sequence[Row]) -> str:
         seconds = _spread([row.values["seconds_to_goal"] for row in reached], 1)
         pace = _spread([1000 * row.values["training_seconds"] / row.values["steps"] for row in found], 0)
         lines.append([reading, way, _values(found, "error", 1), f"{len(reached)}/{len(found)}", steps, seconds, pace])
-    head = ["read by", "network", "error %", "runs at 90 %", "steps to 90 %", "seconds to 90 %", "ms a step"]
+    head = ["read by", "network", "error %", "runs at 90 %", "steps to 90 %", "processor s to 90 %", "ms a step"]
     said = "64 hidden units, the same learning rate, schedule and forget bias for both; error on 797 images never trained on.\n"
     return f"{said}\n{markdown.table(head, lines, words=2)}"
 

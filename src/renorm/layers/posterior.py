@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from renorm.errors import UsageError
 from renorm.layers.base import BatchNormTensors, Tracking
+from renorm.said import say
 
 
 class PosteriorNorm(Tracking):
@@ -30,7 +31,9 @@ class PosteriorNorm(Tracking):
     )
     keeps: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ("gamma",)
-    stays: ClassVar[str] = "its statistics set how far posteriors lie from the prior, which the decoder was trained for"
+    stays: ClassVar[str] = say(
+        "its statistics set how far posteriors lie from the prior, which the decoder was trained for"
+    )
 
     def __init__(self, num_features: int, *, gamma: float = 0.5, **common: Any) -> None:
         if not 0 < gamma < float("inf"):
