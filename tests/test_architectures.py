@@ -30,11 +30,21 @@ def test_every_cell_has_its_own_key_and_a_place_in_the_table(data: Path) -> None
     values += ("divergence", "floor", "bound", "information", "active")
     rows = [Row(cell, dict.fromkeys(values, 7.0)) for cell in cells]
     text = architectures_table.table(rows)
-    assert text.count("## ") == 4
+    assert text.count("## ") == 5
+    assert text.count("- reached: ") == 4
+    assert text.count("- missed: ") == 2  # as many steps as the other; and 7 % is less than 75 %
     assert "| pixels | bnlstm | 7.0 (7.0–7.0) | 3/3 |" in text
     assert "| worst, against source | +0.0 | +0.0 | +0.0 | +0.0 | +0.0 |" in text
     for kept in (rows[:3], [row for row in rows if row.cell["way"] == "check"], []):
         architectures_table.table(kept)
+    assert "missed: with check= never more than 0.5 points below the source: gas, 1 of 12 below, the worst -4.0" in (
+        architectures_table.table(
+            [
+                Row(row.cell, {"accuracy": 3.0}) if row.cell.key == "case=5 part=gas seed=1 way=check" else row
+                for row in rows
+            ]
+        )
+    )
     lost = [Row(Cell.of(part="sequence", case="rows", seed=0, way="lstm"), dict.fromkeys(values, 0.0) | {"steps": 3})]
     assert "| rows | lstm | 0.0 (0.0–0.0) | 0/1 | – | – |" in architectures_table.table(lost)
 
