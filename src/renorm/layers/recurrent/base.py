@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from renorm.errors import BatchError, UsageError
 from renorm.layers.recurrent.steps import Passing, StepNorm
 
 Input = Tensor | PackedSequence
+AtStep = Callable[[str, Tensor], Tensor]
 
 
 class Packed(NamedTuple):
@@ -116,8 +118,11 @@ class Recurrent(nn.Module, ABC):
         return ", ".join(shown)
 
     @abstractmethod
-    def _step(self, x: Tensor, state: tuple[Tensor, ...], t: int, suffix: str, passing: dict[str, Passing]) -> Any:
-        """The states after step t. Shapes: x (n, gates · H), the normalised input with its bias; states (n, H)."""
+    def _step(self, x: Tensor, state: tuple[Tensor, ...], norm: AtStep, weight: Tensor, bias: Tensor | None) -> Any:
+        """The states after a step; `norm("hidden", y)` normalises y as at this step.
+
+        Shapes: x (n, gates · H), the normalised input with its bias; states (n, H); weight and bias, of hidden states.
+        """
 
     def _run(self, given: Input, states: Sequence[Tensor] | None, lengths: Any) -> tuple[Input, tuple[Tensor, ...]]:
         """Output in the form of the input, and final states (layers · directions, N, H)."""
@@ -152,12 +157,14 @@ class Recurrent(nn.Module, ABC):
         x = norms["input"](F.linear(data, getattr(self, f"weight_ih{suffix}")), passing["input"])
         if self.bias:
             x = x + self._input_bias(suffix)
+        weight = getattr(self, f"weight_hh{suffix}")
+        bias = getattr(self, f"bias_hh{suffix}") if self.bias else None
         outputs, ended = [], []
         for t, now in enumerate(x.split(packed.sizes)):
             if len(now) < len(state[0]):
                 ended.append(tuple(part[len(now) :] for part in state))
                 state = tuple(part[: len(now)] for part in state)
-            state = self._step(now, state, t, suffix, passing)
+            state = self._step(now, state, partial(_at, norms, passing, t), weight, bias)
             outputs.append(state[0])
         ended.append(state)
         for name, norm in norms.items():
@@ -168,12 +175,6 @@ class Recurrent(nn.Module, ABC):
     def _input_bias(self, suffix: str) -> Tensor:
         bias: Tensor = getattr(self, f"bias_ih{suffix}")
         return bias
-
-    def _hidden(self, h: Tensor, t: int, suffix: str, passing: dict[str, Passing]) -> Tensor:
-        """The normalised part of the gates that comes from the hidden state."""
-        gates = F.linear(h, getattr(self, f"weight_hh{suffix}"))
-        normalised: Tensor = self.get_submodule(_named("hidden", suffix))(gates, passing["hidden"], t)
-        return normalised
 
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}{end}" for end in ("", "_reverse")[: self.directions]]
@@ -244,6 +245,12 @@ def like(other: nn.RNNBase) -> dict[str, Any]:
     names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
     weight = other.get_parameter("weight_ih_l0")
     return {**{name: getattr(other, name) for name in names}, "device": weight.device, "dtype": weight.dtype}
+
+
+def _at(norms: Mapping[str, nn.Module], passing: Mapping[str, Passing], step: int, name: str, x: Tensor) -> Tensor:
+    """`x` as its norm has it at a step."""
+    normalised: Tensor = norms[name](x, passing[name], step)
+    return normalised
 
 
 def _named(norm: str, suffix: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.errors import UsageError
-from renorm.layers.recurrent.base import Input, Recurrent, like
-from renorm.layers.recurrent.steps import Passing
+from renorm.layers.recurrent.base import AtStep, Input, Recurrent, like
 
 
 class BNGRU(Recurrent):
@@ -42,12 +42,12 @@ class BNGRU(Recurrent):
         return output, h
 
     def _step(
-        self, x: Tensor, state: tuple[Tensor, ...], t: int, suffix: str, passing: dict[str, Passing]
+        self, x: Tensor, state: tuple[Tensor, ...], norm: AtStep, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor]:
         (h,) = state
-        hidden = self._hidden(h, t, suffix, passing)
-        if self.bias:
-            hidden = hidden + getattr(self, f"bias_hh{suffix}")
+        hidden = norm("hidden", F.linear(h, weight))
+        if bias is not None:
+            hidden = hidden + bias
         width = 2 * self.hidden_size
         r, z = (x[:, :width] + hidden[:, :width]).sigmoid().chunk(2, 1)
         n = torch.tanh(x[:, width:] + r * hidden[:, width:])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.errors import UsageError
-from renorm.layers.recurrent.base import Input, Recurrent, like
-from renorm.layers.recurrent.steps import Passing
+from renorm.layers.recurrent.base import AtStep, Input, Recurrent, like
 
 
 class BNLSTM(Recurrent):
@@ -57,10 +57,10 @@ class BNLSTM(Recurrent):
         return super()._input_bias(suffix) + self.get_parameter(f"bias_hh{suffix}")
 
     def _step(
-        self, x: Tensor, state: tuple[Tensor, ...], t: int, suffix: str, passing: dict[str, Passing]
+        self, x: Tensor, state: tuple[Tensor, ...], norm: AtStep, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         h, c = state
-        i, f, g, o = (x + self._hidden(h, t, suffix, passing)).chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        seen = self.get_submodule("cell" + suffix.removeprefix("_l0"))(c, passing["cell"], t)
-        return o.sigmoid() * torch.tanh(seen), c
+        gates = x + norm("hidden", F.linear(h, weight))  # both biases are in x
+        i, f, _, o = gates.sigmoid().chunk(4, 1)  # one kernel for all: what it computes of g is left aside
+        c = f * c + i * gates[:, 2 * self.hidden_size : 3 * self.hidden_size].tanh()
+        return o * norm("cell", c).tanh(), c
