@@ -249,3 +249,18 @@ class TwoSets(nn.Module):
             mean, var = self.slot_statistics(slot)
             out[row::2] = F.batch_norm(part, mean, var, self.weight, self.bias, False, eps=self.eps)
         return out
+
+
+class OverTime(nn.Module):
+    """Sequences (N, T, 3) through a recurrent network with statistics for four steps, and a batch norm."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.rnn: Any = kind(3, 4, steps=4, batch_first=True)
+        self.bn = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 3)
+        for module in self.rnn.children():
+            module.tracked.fill_(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bn(self.rnn(x)[0][:, -1]))

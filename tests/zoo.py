@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from renorm.layers import BNGRU, BNLSTM
 from tests import animals
 from tests.animals import convs
 
@@ -303,6 +304,10 @@ def _logits(output: Any) -> Tensor:
     return output["logits"] if isinstance(output, dict) else output.logits
 
 
+def _steps(name: str, channels: int) -> tuple[Place, ...]:
+    return tuple((f"{name}@{step}", "batch", channels) for step in range(4))
+
+
 _OTHERS: tuple[Place, ...] = (
     ("1", "group", 4),
     ("4", "instance", 4),
@@ -455,6 +460,20 @@ CASES: list[Case] = [
         "slots",
         lambda: lived(convs(animals.TwoSets(4), nn.BatchNorm2d(4))),
         (("1@day", "batch", 4), ("1@night", "batch", 4), ("4", "batch", 4)),
+        tags=_tags("slots"),
+    ),
+    Case(
+        "bn-lstm",
+        lambda: lived(animals.OverTime(BNLSTM)),
+        (*_steps("rnn.input", 16), *_steps("rnn.hidden", 16), *_steps("rnn.cell", 4), ("bn", "batch", 4)),
+        shape=(5, 3),  # a step more than there are statistics for
+        tags=_tags("slots"),
+    ),
+    Case(
+        "bn-gru",
+        lambda: lived(animals.OverTime(BNGRU)),
+        (*_steps("rnn.input", 12), *_steps("rnn.hidden", 12), ("bn", "batch", 4)),
+        shape=(5, 3),
         tags=_tags("slots"),
     ),
 ]

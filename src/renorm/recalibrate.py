@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -92,17 +92,15 @@ def recalibrate_(
                 mix, which is safe where the target's classes are mixed differently; see `methods.equal_mix.EqualMix`
     method      a name of the catalogue, with `options` for its fields; "auto": "equal_mix" with a source, else "pooled"
 
-    A failure at any point leaves the model bit-identical. Sites without statistics, or that no batch reached, stay untouched.
+    A failure at any point leaves the model bit-identical. Sites without statistics, or that no batch reached, stay untouched;
+    so do layers whose statistics are part of what the model was trained for (`PosteriorNorm`), with a note in `.notes`,
+    unless a pattern of `include` other than "*" names them.
     Raises NoBatchNorm for a model without batch norm statistics, BatchError for batches that cannot be used (none, a single
     image, numbers that are not finite), OneShot for an iterator where several passes are needed, ModelError for moments of
     another model, UsageError for options that make no sense together.
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
-    sites = select(batch_sites(model, asked="recalibrate_"), include=include, exclude=exclude)
-    if not sites:
-        raise UsageError(
-            f"recalibrate_ was asked to touch {include!r} without {exclude!r}, and no batch norm is left by that."
-        )
+    sites, apart = _chosen(model, include, exclude)
     profile = source if isinstance(source, Profile) or source is None else Profile.load(source)
     measured = batches if isinstance(batches, Observation) else None
     chosen = _method(method, prior, tolerance, profile if measured is None else None, options)
@@ -154,9 +152,36 @@ def recalibrate_(
         shifts=shifts,
         weights=dict(estimate.weights),
         trust=verdict,
-        notes=estimate.notes,
+        notes=(*estimate.notes, *apart),
         undo=undo,
     )
+
+
+def _chosen(
+    model: nn.Module, include: str | Sequence[str], exclude: str | Sequence[str]
+) -> tuple[list[Site], tuple[str, ...]]:
+    """The sites to recalibrate, and notes on those whose layer says that it stays, unless a pattern names them."""
+    sites = select(batch_sites(model, asked="recalibrate_"), include=include, exclude=exclude)
+    if not sites:
+        raise UsageError(
+            f"recalibrate_ was asked to touch {include!r} without {exclude!r}, and no batch norm is left by that."
+        )
+    named = [pattern for pattern in ([include] if isinstance(include, str) else include) if pattern != "*"]
+    staying = [site for site in sites if getattr(site.module, "stays", "") and not select([site], include=named)]
+    if len(staying) == len(sites):
+        raise UsageError(
+            f"recalibrate_ found only layers that it leaves alone ({', '.join(repr(site.name) for site in staying[:3])}): "
+            f"{cast(Any, staying[0].module).stays}. Name them with include= to move them all the same."
+        )
+    notes = [
+        say(
+            "{site!r} was left alone: {reason}. Name it with include= to move it all the same.",
+            site=site.name,
+            reason=cast(Any, site.module).stays,
+        )
+        for site in staying
+    ]
+    return [site for site in sites if site not in staying], tuple(notes)
 
 
 def _method(

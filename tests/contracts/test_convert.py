@@ -22,6 +22,8 @@ REFUSED = {
     "tokens": (NoBatchNorm, "convert_ needs batch norm layers"),
     "lazy": (UsageError, "is lazy and has seen no input yet"),
     "slots": (UsageError, "TwoSets, holds several sets of statistics"),
+    "bn-lstm": (UsageError, "StepNorm, holds several sets of statistics"),
+    "bn-gru": (UsageError, "StepNorm, holds several sets of statistics"),
     "keras-sequential": (UsageError, "is Keras' own, whose graph calls it by name"),
     "keras-functional": (UsageError, "is Keras' own"),
     "keras-within-torch": (UsageError, "the layer at '4' is Keras' own"),

@@ -5,6 +5,8 @@ from typing import Any
 BESIDES = (
     "renorm.layers.batch.BNLayer",
     "renorm.layers.per_domain.WithDomains",
+    "renorm.layers.recurrent.gru.BNGRU",
+    "renorm.layers.recurrent.lstm.BNLSTM",
 )  # offered here, and no member by itself
 
 

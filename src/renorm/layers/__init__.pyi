@@ -11,6 +11,9 @@ from renorm.layers.instance_aware import InstanceAware as InstanceAware
 from renorm.layers.layer import LayerNorm as LayerNorm
 from renorm.layers.per_domain import PerDomain as PerDomain
 from renorm.layers.per_domain import WithDomains as WithDomains
+from renorm.layers.posterior import PosteriorNorm as PosteriorNorm
+from renorm.layers.recurrent.gru import BNGRU as BNGRU
+from renorm.layers.recurrent.lstm import BNLSTM as BNLSTM
 from renorm.layers.shrink import Shrink as Shrink
 from renorm.layers.split import Split as Split
 from renorm.layers.stochastic import Stochastic as Stochastic

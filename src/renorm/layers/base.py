@@ -32,6 +32,7 @@ class Layer(nn.Module, ABC):
     cites: ClassVar[str] = ""
     keeps: ClassVar[bool] = True
     options: ClassVar[tuple[str, ...]] = ()  # attributes that its text form shows
+    stays: ClassVar[str] = ""  # why `recalibrate_` leaves its statistics alone unless it is named; "" where it does not
 
     site: str = ""  # the dotted name of its place, once `convert_` has put it there
     origin: type[nn.Module] | None = None  # torch's class that stood there before, if it was one
