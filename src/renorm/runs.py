@@ -41,10 +41,10 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], *, writes: bool = True) -> None:
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self.writes = writes
         self._lock: IO[str] | None = None
-        self.identity = json.loads(json.dumps(dict(identity), default=str))
+        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity), default=str))
         if writes:
             self._take()
 

@@ -24,6 +24,9 @@ GOAL = 0.9
 class Reader(nn.Module):
     """Reads a sequence to its end, and says by its last state which of ten it is."""
 
+    rnn: Any
+    head: nn.Linear
+
     def __init__(self, kind: str, width: int, steps: int) -> None:
         super().__init__()
         options: dict[str, Any] = {"steps": steps} if kind == "bnlstm" else {}

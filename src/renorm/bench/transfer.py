@@ -26,7 +26,7 @@ from renorm.split import split
 __all__ = ["Transfer"]
 
 TASKS = {"tinyimagenet20": 20, "pneumoniamnist": 2}  # classes
-SHARES = {"quick": (0.15,), "full": (0.05, 0.15, 0.3, 1.0)}
+SHARES: dict[str, tuple[float, ...]] = {"quick": (0.15,), "full": (0.05, 0.15, 0.3, 1.0)}
 EPOCHS = {"quick": 10, "full": 30}
 MEASURED = {"quick": 500, "full": 5000}
 BATCH = 32

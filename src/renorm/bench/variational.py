@@ -25,6 +25,14 @@ ACTIVE = (
 class Vae(nn.Module):
     """Encodes binary digits to a Gaussian in `LATENT` dimensions; an LSTM writes them pixel by pixel, seeing those before."""
 
+    body: nn.Module
+    mean: nn.Linear
+    log_var: nn.Linear
+    norm: nn.Module
+    begin: nn.Linear
+    rnn: nn.LSTM
+    head: nn.Linear
+
     def __init__(self, way: str) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU())

@@ -31,6 +31,7 @@ class PosteriorNorm(Tracking):
     )
     keeps: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ("gamma",)
+    weight: nn.Parameter
     stays: ClassVar[str] = say(
         "its statistics set how far posteriors lie from the prior, which the decoder was trained for"
     )

@@ -141,7 +141,9 @@ class Pooled(Method):
 def _mended(held: Moments, target: Moments) -> Moments:
     """`held`, with the target's moments in channels that hold what no data can give: there is no source to blend with."""
     sound = torch.isfinite(held.mean) & torch.isfinite(held.var) & (held.var >= 0)
-    mean, var = (torch.where(sound, own, new.to(own)) for own, new in ((held.mean, target.mean), (held.var, target.var)))
+    mean, var = (
+        torch.where(sound, own, new.to(own)) for own, new in ((held.mean, target.mean), (held.var, target.var))
+    )
     return Moments(held.count, mean, var)
 
 

@@ -41,6 +41,14 @@ class Recurrent(nn.Module, ABC):
     without a step, or lengths that do not fit.
     """
 
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    steps: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
     gates: ClassVar[int]
     states: ClassVar[int]
     norms: ClassVar[tuple[str, ...]]

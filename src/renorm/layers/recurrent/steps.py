@@ -40,6 +40,12 @@ class StepNorm(nn.Module):
     whose batch is not finite moves nothing and is counted in `skipped`.
     """
 
+    num_features: int
+    steps: int
+    gain: float
+    eps: float
+    momentum: float | None
+    weight: nn.Parameter
     running_mean: Tensor
     running_var: Tensor
     tracked: Tensor
