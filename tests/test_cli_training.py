@@ -87,7 +87,7 @@ def test_pretrain_builds_the_model_for_the_data(folder: Path, renorm: Callable[[
 
 def test_what_cannot_be_trained_is_refused(folder: Path, renorm: Callable[[str], Ran]) -> None:
     refused(renorm("finetune nets.py:net plain.npz -o new.pt"), "plain.npz has no labels to train on")
-    refused(renorm("finetune nets.py:net two.npz -o new.pt --policy fozen"), "no policy 'fozen'", "'frozen'")
+    refused(renorm("finetune nets.py:net two.npz -o new.pt --policy head_only"), "no policy 'head_only'", "'head-only'")
     refused(renorm("finetune nets.py:net two.npz -o new.pt --regularisers l3"), "no regulariser 'l3'")
     refused(renorm("finetune nets.py:net two.npz -o new.pt --metric acuracy"), "no metric 'acuracy'")
     refused(renorm("finetune nets.py:net two.npz -o new.pt --epochs 0"), "epochs is a whole number")

@@ -379,7 +379,7 @@ def test_batches_of_one_train_on_fixed_statistics() -> None:
         ({"lr": -1.0}, 'lr is "auto" or a number above 0'),
         ({"lr": float("inf")}, 'lr is "auto" or a number above 0'),
         ({"clip": 0.0}, "clip is the largest norm of a gradient"),
-        ({"head": "nwe"}, 'head is "auto", "new" or "keep"'),
+        ({"head": "fresh"}, 'head is "auto", "new" or "keep"'),
         (
             {"head": "new", "loss": "mse", "train": [(torch.randn(4, 3, 8, 8), torch.randn(4, 3))]},
             "name them with classes=",

@@ -15,7 +15,8 @@ __all__ = ["table"]
 ABOUT = """\
 CIFAR-10's ResNet-20 on other tasks: error in per cent on the test images, mean over seeds. *plain* is the script that people
 write (a new head, Adam at 0.001, `train()`), *plain, BN in eval* the same with its batch norms in evaluation. All see the
-same images as often, in batches of 32.
+same images as often, in batches of 32. The rate of "auto" was set on seed 0 of tinyimagenet20 at 15 %: of all rows, that
+one is not independent.
 """
 FEW = 0.15  # the target speaks of shares of labels up to this
 POLICIES = ("all", "frozen-statistics", "recalibrate-then-freeze", "affine-and-head", "head-only")
