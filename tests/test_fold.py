@@ -626,7 +626,7 @@ def test_every_norm_of_the_zoo_is_folded_or_has_its_reason(case: zoo.Case) -> No
     assert result.max_rel_error <= (0.25 if "narrow" in case.tags else 1e-5)
 
 
-EXACT = {"batch", "batch_renorm", "frozen", "ghost", "stochastic", "sync"}
+EXACT = {"batch", "batch_renorm", "frozen", "ghost", "posterior", "stochastic", "sync"}
 
 
 @pytest.mark.parametrize("name", sorted(layers.catalogue()))
