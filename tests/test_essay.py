@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ def essay() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:  # dataclasses look their module up
-        patch.setitem(__import__("sys").modules, "essay", module)
+        patch.setitem(sys.modules, "essay", module)
         spec.loader.exec_module(module)
     return module
 
