@@ -15,7 +15,8 @@ from renorm import methods
 from renorm.methods.base import catalogue
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
+PAGES = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"^(?:<!-- |```)python(?: title=\"(?P<file>[^\"]+)\")?\n(?P<code>.*?)^(?:```|-->)$", re.DOTALL | re.MULTILINE
 )
@@ -55,6 +56,32 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_both_readmes_say_the_same() -> None:
+    """Sections, commands, code without its comments, and the numbers and names in every row of a table."""
+    english, chinese = (page.read_text(encoding="utf-8") for page in READMES)
+    marks = [re.findall(r"^#+ ", text, flags=re.MULTILINE) for text in (english, chinese)]
+    assert marks[0] == marks[1]
+    code = [
+        [re.sub(r" *#.*", "", code) for _, _, code in blocks(page)]  # what follows # is said in each language
+        for page in READMES
+    ]
+    assert code[0] == code[1]
+    commands = [
+        [
+            re.split(r" {2,}", line.strip())[0]
+            for line in re.findall(r"^    (?:renorm|make|pip) .*", text, flags=re.MULTILINE)
+        ]
+        for text in (english, chinese)
+    ]
+    assert commands[0] == commands[1]
+    rows = [
+        [re.findall(r"`[^`]+`|\d+(?:[.,]\d+)*", row) for row in re.findall(r"^\|.*\|$", text, flags=re.MULTILINE)]
+        for text in (english, chinese)
+    ]
+    for ours, theirs in zip(*rows, strict=True):
+        assert sorted(ours) == sorted(theirs)
 
 
 def test_the_map_of_the_house_names_every_room_that_stands() -> None:

@@ -19,7 +19,7 @@ from renorm.shift import Shift
 from renorm.sites import find_sites, parameters_of
 from renorm.state import evaluating, preserving
 
-# What the suite `transfer` of `renorm bench` measured sets these.
+# FEW, SMALL and FAR are rules of thumb; the rates were tried on the suite `transfer` of `renorm bench`.
 FEW = 10  # labels per class; below it a head on fixed features is all that they can teach
 SMALL = 16  # samples in a batch; below it a batch's own statistics are too noisy to normalise by
 FAR = 0.5  # source standard deviations, mean over sites; clean data of the source itself lie at about 0.2
