@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import renorm
+from renorm import layers
 from renorm.errors import NoBatchNorm, OpenChange, UsageError
 from renorm.freeze import Freeze, freeze_, frozen, unfreeze_
 from renorm.sites import find_sites
@@ -461,3 +462,12 @@ def test_keras_learns_of_a_freeze_by_its_own_switch() -> None:
     assert len(model.trainable_variables) == trainable
     model(case.batch(), training=True)
     assert statistics(model) != stay
+
+
+@pytest.mark.parametrize("layer", [layers.PerDomain(4, domains=3), layers.Split(4)], ids=["per_domain", "split"])
+def test_every_domains_affine_is_frozen_and_given_back(layer: nn.Module) -> None:
+    model = nn.Sequential(layer, nn.Linear(4, 2))
+    handle = freeze_(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"1.weight", "1.bias"}
+    handle.restore_()
+    assert all(p.requires_grad for p in model.parameters())

@@ -84,10 +84,15 @@ class Site:
 
     @property
     def affine(self) -> dict[str, nn.Parameter]:
-        """The scale and shift, by attribute name, as far as they are parameters: frozen copies keep buffers."""
+        """The scale and shift, by attribute name, as far as they are parameters: frozen copies keep buffers.
+
+        Those of other domains or roles, which layers of ours keep under `extra`, are among them.
+        """
         keras = {name: getattr(getattr(self.module, name, None), "value", None) for name in ("gamma", "beta")}
         own = {name: p for name, p in self.module._parameters.items() if p is not None}
-        return own | {name: p for name, p in keras.items() if isinstance(p, nn.Parameter)}
+        extra = self.module._modules.get("extra")
+        more = {} if extra is None else {f"extra.{name}": p for name, p in extra.named_parameters()}
+        return own | more | {name: p for name, p in keras.items() if isinstance(p, nn.Parameter)}
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor] | None:
