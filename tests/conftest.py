@@ -48,6 +48,8 @@ def _same_start_and_nothing_left_behind() -> Iterator[None]:
     torch.manual_seed(0)
     before = _switches()
     yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # joined for a wrapper; others would meet a SyncBN that looks for ranks
     assert _switches() == before, "the test, or the code under it, changed a global switch of torch"
 
 

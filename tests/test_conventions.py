@@ -17,12 +17,6 @@ from renorm.sites import find_sites
 from tests import zoo
 
 
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined():
-    yield
-    zoo.leave_group()
-
-
 @given(momentum=st.floats(0, 1), mean=st.floats(-5, 5))
 def test_a_converted_momentum_moves_the_statistics_as_the_source_would(momentum: float, mean: float) -> None:
     layer = nn.BatchNorm1d(1, **to_torch("keras", momentum, 1e-3)).double()

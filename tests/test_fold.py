@@ -26,12 +26,6 @@ from tests.reference import folding as twin
 from tests.zoo import lived
 
 
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined():
-    yield
-    zoo.leave_group()
-
-
 class Net(nn.Module):
     """Parts by name, and a forward that is given."""
 

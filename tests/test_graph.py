@@ -20,12 +20,6 @@ def watched(model: nn.Module, example: Any) -> Graph:
     return watch(model, example, sites=find_sites(model), caller=Caller())
 
 
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined():
-    yield
-    zoo.leave_group()
-
-
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy",)))
 def test_watching_changes_nothing_and_sees_every_site_that_runs(case: zoo.Case) -> None:
     model = case.settled()

@@ -15,12 +15,6 @@ from renorm.sites import find_sites
 from tests import zoo
 
 
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined():
-    yield
-    zoo.leave_group()
-
-
 @pytest.mark.parametrize("case", zoo.cases(without=("lazy",)))
 def test_nothing_that_trains_is_outside_and_nothing_frozen_inside(case: zoo.Case) -> None:
     model = case.build()

@@ -33,12 +33,6 @@ TORCHVISION = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined() -> Any:
-    yield
-    zoo.leave_group()
-
-
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_says_itself_what_its_head_is(name: str) -> None:
     timm = pytest.importorskip("timm")

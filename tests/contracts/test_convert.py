@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,12 +31,6 @@ usable = [p for p in zoo.cases() if p.id not in REFUSED]
 WIDELY = ("batch", "per_domain", "shrink", "stochastic")  # over the whole zoo; the others where layers differ most
 CLOSELY = ("bn1d", "bn2d", "sync", "no-affine", "frozen-four", "timm-norm-act")
 PAIRS = [(p.values[0], name) for p in usable for name in sorted(catalogue()) if name in WIDELY or p.id in CLOSELY]
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_group_that_a_case_may_have_joined() -> Iterator[None]:
-    yield
-    zoo.leave_group()
 
 
 def outputs(output: Any) -> list[Tensor]:
