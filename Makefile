@@ -27,7 +27,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
-	PYTHONPATH=$(CURDIR)/src $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes renorm --ignoreexternal
+	PATH=$(abspath $(BIN)):$$PATH PYTHONPATH=$(CURDIR)/src pyright --verifytypes renorm --ignoreexternal
 	$(BIN)/codespell
 
 bench: $(VENV)/test.stamp
