@@ -137,3 +137,14 @@ def test_a_score_without_interval_or_classes_says_so() -> None:
     assert said.title == "Mse: 3.25"
     assert said.text == "95 % interval unknown, from 2 samples."
     assert score.interval(Score(value=1, interval=(0.5, 2), count=9, nll=1, ece=1, metric="mse")) == "0.5 to 2"
+
+
+def test_reasons_fold_and_are_never_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "because " * 20 + "of this"
+    shown = printed(
+        report(blocks=(Table("Chosen", ("", "what", "why"), (("learning rate", "0.003", why),)),)), monkeypatch
+    )
+    assert "learning rate" in shown
+    assert " ".join(shown.split()).count("because") == 20
+    assert "of this" in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80

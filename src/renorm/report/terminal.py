@@ -105,10 +105,13 @@ def _grid(block: Table, *, bars: bool) -> Grid:
     from rich.table import Table as Grid
 
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    last = len(block.columns) - 1
+    lengths = [max((len(_cell(row[place], bars=bars).plain) for row in block.rows), default=0) for place in (0, last)]
+    folds = last if lengths[1] > lengths[0] else 0  # names are folded, or the reasons behind them; numbers never
     for place, name in enumerate(block.columns):
         drawn = bars and any(isinstance(row[place], Bar) for row in block.rows)
         words = place == 0 or drawn or name in block.words
-        grid.add_column(clean(name), justify="left" if words else "right", overflow="fold", no_wrap=place > 0)
+        grid.add_column(clean(name), justify="left" if words else "right", overflow="fold", no_wrap=place != folds)
     for row in block.rows:
         grid.add_row(*(_cell(cell, bars=bars) for cell in row))
     return grid
