@@ -34,7 +34,7 @@ ROOMS = (
     *("methods", "recalibrate", "regularisers", "feed", "heads", "choices", "recipe", "runs", "events", "session"),
     *("finetune", "lean", "graph", "absorb", "labels", "neighbours", "prove", "fold", "export", "adapters", "watch"),
     # judgement: values in, findings out
-    *("mend", "adjacent", "second_look", "suspects", "facts", "rules", "known", "doctor", "recommend"),
+    *("mend", "adjacent", "second_look", "suspects", "stored", "facts", "rules", "known", "doctor", "recommend"),
     # edges: files, screens, users
     *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
@@ -53,6 +53,7 @@ PUBLIC = (
     *("Moments", "Observed", "Shift", "Affine", "Site"),
     *("Observation", "Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
     *("fold", "load_folded_", "export"),
+    "diagnose_file",
     *(
         "freeze_",
         "unfreeze_",

@@ -6,6 +6,7 @@ from renorm.adapters import save_adapter as save_adapter
 from renorm.affine import Affine as Affine
 from renorm.doctor import Diagnosis as Diagnosis
 from renorm.doctor import diagnose as diagnose
+from renorm.doctor import diagnose_file as diagnose_file
 from renorm.errors import BatchError as BatchError
 from renorm.errors import NoBatchNorm as NoBatchNorm
 from renorm.errors import RenormError as RenormError
@@ -75,6 +76,7 @@ __all__ = [
     "check_groups",
     "convert_",
     "diagnose",
+    "diagnose_file",
     "evaluate",
     "export",
     "find_sites",

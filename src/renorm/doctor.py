@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +19,12 @@ from renorm.provenance import plain_names
 from renorm.rules.base import Finding, catalogue
 from renorm.shift import Shift
 from renorm.sites import Site
+from renorm.stored import read_contents, skeleton
 
 if TYPE_CHECKING:
     from renorm.profile import Profile
 
-__all__ = ["Diagnosis", "Mending", "diagnose", "mend_"]
+__all__ = ["Diagnosis", "Mending", "diagnose", "diagnose_file", "mend_"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,6 +38,7 @@ class Diagnosis(Faces):
     unvisited  batch norm sites that no batch reached
     sites      every norm layer of the model, of any kind
     samples    how many samples were looked at; 0 without data
+    notes      what else should be known, as how a file was read
     """
 
     findings: tuple[Finding, ...]
@@ -45,6 +47,7 @@ class Diagnosis(Faces):
     unvisited: tuple[str, ...]
     sites: tuple[Site, ...]
     samples: int
+    notes: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Finding | None:
@@ -89,11 +92,28 @@ def diagnose(
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
     facts = Facts(model, batches, source, caller, _tensors(checkpoint))
+    return _judged(facts)
+
+
+def diagnose_file(path: str | os.PathLike[str]) -> Diagnosis:
+    """What the rules on state find in a checkpoint, an ONNX model or a `.pt2` program alone, without the model's code.
+
+    Nothing in the file is run or unpickled. No finding has a fix: there is no model to mend.
+    Raises UsageError for another suffix, CheckpointError for a file that cannot be read, MissingExtra for ONNX without onnx.
+    """
+    contents = read_contents(path)
+    graph = contents.norms if contents.graph else None
+    file = None if contents.graph else contents.state
+    found = _judged(Facts(skeleton(contents.norms), file=file, graph=graph, settings=contents.graph))
+    return replace(found, findings=tuple(replace(f, fix_=None) for f in found.findings), notes=contents.notes)
+
+
+def _judged(facts: Facts) -> Diagnosis:
     findings: list[Finding] = []
     for rule in sorted(catalogue().values(), key=lambda rule: rule.passes()):
         if all(map(facts.has, rule.needs)):
             findings += rule().check(facts)
-    seen = batches is not None
+    seen = facts.batches is not None
     return Diagnosis(
         findings=tuple(sorted(findings, key=lambda finding: finding.weight)),
         shifts=facts.shifts if seen else {},

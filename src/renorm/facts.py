@@ -21,6 +21,7 @@ from renorm.second_look import Gap, Padding, depends_on_company, gap_between_mod
 from renorm.shift import Shift
 from renorm.sites import Site, find_sites, is_lazy, unwrap, walk
 from renorm.state import preserving
+from renorm.stored import Stored
 from renorm.suspects import Verdict, interrogate
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = ["PASSES", "Facts", "was_trained"]
 # (gap, company, padding, suspect) runs again over the first batches alone, KEPT samples, and counts as whole passes only
 # where there are no more than those.
 PASSES: Mapping[str, int] = {
-    **{"batch": 0, "held": 0, "new": 0, "broken": 0, "thawing": 0, "file": 0},
+    **{"batch": 0, "held": 0, "new": 0, "broken": 0, "thawing": 0, "file": 0, "graph": 0, "settings": 0},
     **{"observed": 1, "parts": 1, "few": 1, "shifts": 1, "distances": 1},
     **{"company": 2, "padding": 2, "gap": 3, "suspect": 16},
 }
@@ -52,6 +53,8 @@ class Facts:
     source: Profile | None = None
     caller: Caller = field(default_factory=Caller)
     file: Mapping[str, Tensor] | None = None  # the tensors of the model's checkpoint, by plain name
+    graph: tuple[Stored, ...] | None = None  # the batch norms of an exported file, which `model` is then made of
+    settings: bool = True  # whether eps and momentum are the model's: a file of weights does not say
     _kept: list[Any] = field(default_factory=list, repr=False, init=False)
     _parts: list[Mapping[str, Observed]] = field(default_factory=list, repr=False, init=False)
 
@@ -211,8 +214,10 @@ class Facts:
 
     def has(self, fact: str) -> bool:
         """Whether `fact` can be measured with what was given."""
-        if fact == "file":
-            return self.file is not None
+        if fact in ("file", "graph"):
+            return getattr(self, fact) is not None
+        if fact == "settings":
+            return self.settings
         return PASSES[fact] == 0 or self.batches is not None
 
     @cached_property

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from renorm.cli.base import argument, option
-from renorm.cli.subject import DATA, OnModel, notes
+from renorm.cli.subject import DATA, MODEL, OnModel, notes
 from renorm.errors import UsageError
 from renorm.said import listed, many, say
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Doctor(OnModel):
     """Say what is wrong with a model's norm layers, and on this data: worst first.
 
-    Without DATA the model alone is looked at. Exit code 0: nothing as bad as --fail-on; 1: something was found. With --fix
+    Without DATA the model alone is looked at; without MODEL, or where it is a .onnx, .pt2 or weights file, the file alone,
+    and no code of the model is needed. Exit code 0: nothing as bad as --fail-on; 1: something was found. With --fix
     what can be mended is, the weights are written to OUT, and the code is that of the mended model. Rules: docs/rules.md.
     """
 
@@ -35,6 +36,7 @@ class Doctor(OnModel):
     format: Literal["table", "json", "html", "sarif"] = option(  # type: ignore[assignment]
         "table", "how to print the answer"
     )
+    model: str = argument(f"{MODEL}; or a .onnx, .pt2 or weights file", required=False)
     data: str = argument(f"{DATA}; no labels needed", required=False)
     source: str = option("", "a profile of the source, made by renorm profile", metavar="FILE")
     top: int = option(10, "how many batch norms to list")
@@ -47,12 +49,48 @@ class Doctor(OnModel):
     )
     baseline: str = option("", "leave out what an earlier --format json report has", metavar="FILE")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model and not self.checkpoint:
+            raise UsageError(
+                f"renorm doctor needs MODEL, or --checkpoint FILE alone, and neither was given. For example:\n"
+                f"  {self.example}\nrenorm doctor --help lists everything."
+            )
+        if self.file and (self.data or self.fix or self.source or (self.model and self.checkpoint)):
+            named = "DATA" if self.data else "--fix" if self.fix else "--source" if self.source else "--checkpoint"
+            raise UsageError(
+                f"renorm doctor was given the file {self.file} without the model's code, and {named}, which needs the model. "
+                f"Name the model too, for example:\n  {self.example}"
+            )
+
+    @property
+    def file(self) -> str:
+        """The file that is looked at alone; "" where the model's code is at hand."""
+        from renorm.stored import GRAPHS, WEIGHTS
+
+        return (self.model or self.checkpoint) if not self.model or self.model.endswith((*GRAPHS, *WEIGHTS)) else ""
+
     def run(self, screen: Screen) -> Report:
+        if self.file:
+            return self._alone()
+        return self._with_model(screen)
+
+    def _alone(self) -> Report:
+        from renorm.doctor import diagnose_file
+        from renorm.files import sha256
+        from renorm.known import read_baseline, sort_out
+
+        before = read_baseline(self.baseline) if self.baseline else None
+        sort_out((), ignore=self.ignore)
+        diagnosis = diagnose_file(self.file)
+        known = sort_out(diagnosis.findings, ignore=self.ignore, baseline=before)
+        origin = self.origin(checkpoint=sha256(self.file)) if self.keeps else {}
+        return self._report(diagnosis, known, self.file, notes=diagnosis.notes, origin=origin)
+
+    def _with_model(self, screen: Screen) -> Report:
         from renorm.checkpoints import writable
         from renorm.known import read_baseline, sort_out
         from renorm.provenance import fingerprint
-        from renorm.report import diagnosis as page
-        from renorm.report.base import Report
 
         if self.fix != bool(self.output):
             raise UsageError("renorm doctor --fix needs -o OUT, the weights to write, and -o OUT needs --fix.")
@@ -65,7 +103,7 @@ class Doctor(OnModel):
         origin = fingerprint(model.module) if self.fix else ""
         diagnosis = self._diagnosed(screen, model, dataset)
         known = sort_out(diagnosis.findings, ignore=self.ignore, baseline=before)
-        shown, left = replace(diagnosis, findings=known.new), known.new
+        left = known.new
         told: list[str] = []
         extra: dict[str, Any] = {}
         if self.fix:
@@ -74,16 +112,42 @@ class Doctor(OnModel):
             told = self._about(mended, lost)
             written = self.output if origin != fingerprint(model.module) else None
             extra = {"mended": [_named(f) for f in mended], "output": written}
+        made = self._report(
+            diagnosis,
+            known,
+            self.model,
+            notes=(*told, *notes(model, dataset)),
+            origin=self.origin_of(model, dataset),
+            left=left,
+        )
+        return replace(made, result={**made.result, **extra})
+
+    def _report(
+        self,
+        diagnosis: Diagnosis,
+        known: Sorted,
+        subject: str,
+        *,
+        notes: Sequence[str],
+        origin: Mapping[str, Any],
+        left: tuple[Finding, ...] | None = None,
+    ) -> Report:
+        """The report on what is `known`; `left` is what still counts for the exit code, where some was mended."""
+        from renorm.report import diagnosis as page
+        from renorm.report.base import Report
+
+        shown = replace(diagnosis, findings=known.new)
+        counts = known.new if left is None else left
         return Report(
             command=self.name,
-            model=self.model,
+            model=subject,
             data=self.data,
             verdict=_nothing_new(known) or page.verdict(shown),
             blocks=page.blocks(shown, rows=self.top),
-            result=page.result(shown) | extra | self._left_out(known),
-            notes=(*told, *_said(known, self.ignore), *notes(model, dataset)),
-            origin=self.origin_of(model, dataset),
-            exit_code=1 if any(f.severity in FAILS[self.fail_on] for f in left) else 0,
+            result=page.result(shown) | self._left_out(known),
+            notes=(*_said(known, self.ignore), *notes),
+            origin=origin,
+            exit_code=1 if any(f.severity in FAILS[self.fail_on] for f in counts) else 0,
         )
 
     def _diagnosed(self, screen: Screen, model: Model, dataset: Dataset | None) -> Diagnosis:

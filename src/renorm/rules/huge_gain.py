@@ -21,10 +21,7 @@ class HugeGain(Rule):
 
     id: ClassVar[str] = "BN109"
     title: ClassVar[str] = say("huge gain")
-    needs: ClassVar[tuple[str, ...]] = (
-        "held",
-        "broken",
-    )
+    needs: ClassVar[tuple[str, ...]] = ("held", "broken", "settings")
 
     # Output units per input unit. The largest of ResNet-20, ResNet-8 and MobileNet (visual wake words, 1,718 of 2,736
     # variances below 10 eps) are 4, 9 and 53; a variance of 0 with weight 1 and eps 1e-5 gives 316. Of 45 untrained

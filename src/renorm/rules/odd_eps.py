@@ -21,7 +21,7 @@ class OddEps(Rule):
 
     id: ClassVar[str] = "BN107"
     title: ClassVar[str] = say("odd eps")
-    needs: ClassVar[tuple[str, ...]] = ("held",)
+    needs: ClassVar[tuple[str, ...]] = ("held", "settings")
 
     # Relative change of a scale. In each of 45 architectures of timm (tests/test_healthy.py) all eps are equal; 1e-3
     # beside 1e-5 makes a hundredth where a variance is below 0.05.

@@ -21,7 +21,7 @@ class OddMomentum(Rule):
 
     id: ClassVar[str] = "BN106"
     title: ClassVar[str] = say("odd momentum")
-    needs: ClassVar[tuple[str, ...]] = ("batch",)
+    needs: ClassVar[tuple[str, ...]] = ("batch", "settings")
 
     # A share of the new batch. At 0.5 the last two batches count three quarters; torch's default is 0.1, and so
     # is every layer's in 45 architectures of timm (tests/test_healthy.py). TensorFlow's 0.9 to 0.999 mean the share of the old.
