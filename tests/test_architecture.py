@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "renorm"
 # In import order: a room imports only rooms that stand before it. docs/architecture.md draws the same list.
 ROOMS = (
     # words, and numbers: tensors in, tensors out
-    *("errors", "said", "family", "faces", "moments", "shift", "affine", "kernels"),
+    *("errors", "said", "log", "family", "faces", "moments", "shift", "affine", "kernels"),
     # model: nn.Module, no data
     *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches

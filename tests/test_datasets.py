@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from renorm.datasets import Dataset, load_data
+from renorm.datasets.images import LOOKED, Decoder
 from renorm.errors import DataError, MissingExtra, UnknownName, UsageError
 from renorm.files import sha256
 from renorm.models import open_model
@@ -252,6 +255,18 @@ def test_damage_inside_an_archive_is_named(tmp_path: Path) -> None:
         load_data(tmp_path / "a.npz")
 
 
+def test_a_header_that_claims_more_than_memory_is_named(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    claimed = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 10**6)}
+    np.lib.format.write_array_header_1_0(header, claimed)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(100))
+    with pytest.raises(
+        DataError, match=r"a\.npz: images does not fit into memory, or its header lies .*Save it by itself"
+    ):
+        load_data(tmp_path / "a.npz")
+
+
 # ── names in an archive ──
 
 
@@ -419,6 +434,51 @@ def test_links_in_a_circle_end(folder: Path) -> None:
     assert load_data(folder).count == 7 + 4, "a link that closes no circle is a folder like any other"
 
 
+def test_links_that_lead_to_themselves_are_counted(folder: Path) -> None:
+    (folder / "cat" / "loop.png").symlink_to("loop.png")
+    (folder / "dog" / "here").symlink_to("there")
+    (folder / "dog" / "there").symlink_to("here")
+    data = load_data(folder)
+    assert data.count == 7
+    assert "left out what is no image: 3 link in a circle" in data.notes
+
+
+def test_folders_that_link_to_each_other_are_walked_in_time(tmp_path: Path) -> None:
+    """Every path through twelve such folders is 12! / e long walks; here each is read by itself and by one link."""
+    names = [f"ward{k:02d}" for k in range(12)]
+    for k, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        Image.fromarray(noise(8, 8, 3, seed=k)).save(tmp_path / name / "0.png")
+        for other in names:
+            if other != name:
+                (tmp_path / name / other).symlink_to(f"../{other}")
+    data = load_data(tmp_path)
+    assert data.classes == tuple(names)
+    assert 12 * 12 <= data.count < 12 * 12 * 3
+    assert any("link in a circle" in note for note in data.notes)
+
+
+def test_a_large_folder_is_listed_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million files open in the same way, some 200 bytes a name: docs/platforms.md has the measurement."""
+    for part in range(4):
+        (tmp_path / f"class{part}").mkdir()
+        Image.fromarray(noise(8, 8, 3, seed=part)).save(tmp_path / f"class{part}" / "0.png")
+        for k in range(1, 2500):
+            os.link(tmp_path / f"class{part}" / "0.png", tmp_path / f"class{part}" / f"{k}.png")
+    opened = []
+    look = Decoder._open
+    monkeypatch.setattr(Decoder, "_open", lambda self, source: opened.append(source) or look(self, source))
+    tracemalloc.start()
+    data = load_data(tmp_path, batch_size=16)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert data.count == 10_000
+    assert held < 300 * data.count
+    assert len(opened) <= LOOKED
+    next(iter(data.batches))
+    assert len(opened) <= LOOKED + 16
+
+
 def test_class_folders_without_images_are_named(folder: Path) -> None:
     (folder / "eel").mkdir()
     (folder / "fox" / "deep").mkdir(parents=True)
@@ -554,7 +614,7 @@ def test_names_of_no_known_form_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mat").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.mat is no data that renorm reads\. Use an image folder, \.npz"):
         load_data(tmp_path / "a.mat")
-    for name in ("a.csv", "a.csv.gz", "a.parquet"):
+    for name in ("a.csv", "a.csv.gz", "a.parquet", "y" * 5000, "y" * 5000 + ".csv", "a\0b"):
         with pytest.raises(DataError, match="there is no file or folder"):
             load_data(name)
 

@@ -219,6 +219,8 @@ def test_what_is_no_classifier_or_not_here_is_refused(resnet: Path, tmp_path: Pa
         open_model("hf:org/nosuch")
     with pytest.raises(ModelError, match=r"hf:org/nosuch could not be fetched or built: OSError"):
         open_model("hf:org/nosuch", pretrained=True)
+    with pytest.raises(ModelError, match=r"is neither a folder nor in the cache"):
+        open_model("hf:" + "y" * 5000)
     with pytest.raises(UsageError, match=r"hf: names no model\. Use hf:ORG/NAME"):
         open_model("hf:")
     (tmp_path / "empty").mkdir()

@@ -112,7 +112,7 @@ def test_broken_images_are_named_by_row(tmp_path: Path) -> None:
 def test_names_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"hf: names no data set\. Use hf:ORG/NAME"):
         load_data("hf:")
-    for name in ("org/nosuch", "org/no such ☃", str(tmp_path)):
+    for name in ("org/nosuch", "org/no such ☃", "y" * 5000, str(tmp_path)):
         with pytest.raises(DataError, match=r"could not be opened: \w+: .*only what is in the cache can be read"):
             load_data(f"hf:{name}")
     hub.Dataset.from_dict({"a": [1], "y": [0]}).filter(lambda row: False).save_to_disk(tmp_path / "empty")

@@ -157,6 +157,8 @@ def test_files_and_modules_that_are_not_there(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"there is no file nowhere\.py\. Correct the path"):
         load_model("nowhere.py:f")
+    with pytest.raises(ModelError, match=r"there is no file y+\.py\. Correct the path"):
+        load_model("y" * 5000 + ".py:net")
     with pytest.raises(ModelError, match=r"no module 'nosuchpackage' in the current folder or among the installed"):
         load_model("nosuchpackage.nets:f")
     (tmp_path / "broken.py").write_text("import nosuchpackage")

@@ -103,6 +103,8 @@ def test_shards_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     refused(r"there is no file .*\*\.tar", f"{tmp_path}/*.tar")
     with pytest.raises(UsageError, match=r"counts down: \{3\.\.1\} names no shard\. Write \{1\.\.3\}"):
         load_data(f"{tmp_path}/s-{{3..1}}.tar")
+    with pytest.raises(UsageError, match=r"names 10000000000 shards\. Give a pattern of 1000000 at most"):
+        load_data(f"{tmp_path}/s-{{0..99999}}-{{00000..99999}}.tar")
     good = shard(tmp_path / "good.tar", list(samples(range(3))))
     with pytest.raises(UsageError, match=r"shards have no splits, and 'test' was asked for"):
         load_data(str(good), split="test")

@@ -84,7 +84,7 @@ def read_weights(path: str | os.PathLike[str], *, averaged: bool = True) -> Weig
         CheckpointError: no such file, damaged, of another format, without tensors, or holding Python objects.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CheckpointError(f"there is no checkpoint file {file}. Correct the path.")
     with file.open("rb") as stream:
         start = stream.read(64)

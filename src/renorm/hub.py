@@ -5,6 +5,7 @@ Code that a model brings along is never run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def _built(
     name: str, builder: Any, config: Any, where: Mapping[str, Any], *, weights: bool
 ) -> tuple[nn.Module, tuple[str, ...]]:
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         held = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
         if weights and not held:
             made = _found(name, False, lambda: builder.from_config(config))
@@ -133,7 +134,7 @@ def _found(name: str, fetch: bool, get: Callable[[], Any]) -> Any:
                 f"hf:{name} brings code of its own, which renorm does not run. Where you trust it, build it in a file of "
                 "your own: file.py:factory."
             ) from error
-        if Path(name).is_dir():
+        if os.path.isdir(name):  # unlike Path's, no error for a name that is too long
             raise ModelError(f"the folder {name} holds no model that transformers can build: {said[:200]}.") from error
         if isinstance(error, OSError) and not fetch:
             raise ModelError(

@@ -16,7 +16,6 @@ import inspect
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from renorm.conventions import foreign_conventions
 from renorm.errors import CheckpointError, ModelError, RenormError, UnknownName, UsageError, require
 from renorm.fold import load_folded_, was_folded
 from renorm.hub import HubModel, Tokenize, open_hub_model
+from renorm.log import LOGGER
 from renorm.preprocessing import Preprocessing, preprocessing_of
 from renorm.said import say
 
@@ -50,6 +50,7 @@ class Model:
     classes: tuple[str, ...] | None  # the names of its outputs, where it carries them
     checkpoint: Loaded | None
     notes: tuple[str, ...]
+    doubts: tuple[str, ...] = ()  # those of the notes that are about the module itself
     tokenize: Tokenize | None = None  # texts → its inputs, where it takes texts
 
 
@@ -62,12 +63,13 @@ def load_model(
 ) -> nn.Module:
     """The module of `open_model`, which also tells its preprocessing and what was loaded.
 
-    Warns where its batch norms show another library's convention (`conventions.foreign_conventions`).
+    What is to be known of its weights goes to the logger `renorm` as warnings: random ones, those that a checkpoint left
+    out, batch norms with another library's conventions.
     """
-    module = open_model(spec, checkpoint=checkpoint, num_classes=num_classes, pretrained=pretrained).module
-    for note in foreign_conventions(module):
-        warnings.warn(note, stacklevel=2)
-    return module
+    opened = open_model(spec, checkpoint=checkpoint, num_classes=num_classes, pretrained=pretrained)
+    for note in opened.doubts:
+        LOGGER.warning("%s: %s", opened.spec, note)
+    return opened.module
 
 
 def open_model(
@@ -112,14 +114,15 @@ def open_model(
         module = _call(spec, name, num_classes)
     loaded = _loaded(module, checkpoint) if checkpoint is not None else None
     preprocessing = preprocessing_of(module)
-    notes = (loaded.notes if loaded else ()) + (hub.notes if hub else ())
+    doubts = (loaded.notes if loaded else ()) + (hub.notes if hub else ())
     if zoo and not pretrained and loaded is None:
-        notes += (say("weights are random (seed 0): give a checkpoint, or ask for the pretrained ones"),)
+        doubts += (say("weights are random (seed 0): give a checkpoint, or ask for the pretrained ones"),)
+    doubts += foreign_conventions(module)
+    notes = doubts
     if preprocessing is None and not (hub and hub.is_text):
         notes += (
             say("the model does not say how pixels become its input (no `pretrained_cfg`): they are divided by 255"),
         )
-    notes += foreign_conventions(module)
     return Model(
         module=module.eval(),
         spec=name,
@@ -127,6 +130,7 @@ def open_model(
         classes=_class_names(module),
         checkpoint=loaded,
         notes=notes,
+        doubts=doubts,
         tokenize=hub.tokenize if hub else None,
     )
 
@@ -222,7 +226,7 @@ def _perhaps(spec: str) -> str:
 
 
 def _import_file(file: Path) -> ModuleType:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ModelError(f"there is no file {file}. Correct the path.")
     # A name of our own: the file's may be that of an installed package.
     name = f"renorm_model_{file.stem}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,15 @@ from torch import Tensor
 
 from renorm.errors import CheckpointError, Diverged, UsageError
 from renorm.files import writing
+from renorm.log import LOGGER
 
-try:
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
-except ImportError:  # Windows: the folder goes unlocked
-    fcntl = None  # type: ignore[assignment]
 
 CHECKPOINT = "checkpoint.safetensors"
+HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what flock, and Windows' locking, say of another's lock
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,12 @@ class Run:
             raise UsageError(
                 f"{self.folder} cannot hold a run: {error.strerror or error}. Give the name of a folder."
             ) from error
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+        try:
+            _lock(self._lock)
+        except OSError as error:
+            if error.errno not in HELD:  # a file system that knows no locks, as some network folders
+                LOGGER.warning("%s cannot be locked (%s): start no second run in it", self.folder, error.strerror)
+            else:
                 self.close()
                 raise UsageError(
                     f"another process is training in {self.folder}; let it finish, or give another folder."
@@ -144,6 +150,14 @@ class Unsaved:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock for as long as the file is open; OSError, of an errno in HELD, where another process has it."""
+    if sys.platform == "win32":
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _short(value: Any) -> str:

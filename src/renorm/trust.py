@@ -106,6 +106,6 @@ def _rows(source: Tensor, adapted: Tensor) -> tuple[Tensor, Tensor]:
             raise UsageError(
                 f"trust was given {name} logits that are not finite. Check the inputs, or run in float32 without autocast."
             )
-        flat = logits.detach().movedim(1, -1).flatten(0, -2).to("cpu", torch.float64)
+        flat = logits.detach().movedim(1, -1).flatten(0, -2).cpu().double()
         rows.append(flat if flat.shape[1] > 1 else torch.cat([torch.zeros_like(flat), flat], 1))
     return rows[0], rows[1]

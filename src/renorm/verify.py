@@ -98,7 +98,7 @@ def _paired(ours: Any, theirs: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def _difference(x: Tensor, y: Tensor) -> Tensor:
-    x, y = x.detach().double().cpu(), y.detach().double().cpu()
+    x, y = x.detach().cpu().double(), y.detach().cpu().double()  # in this order: MPS has no float64
     same = (x == y) | (x.isnan() & y.isnan())
     return torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
 

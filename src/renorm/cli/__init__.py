@@ -1,4 +1,4 @@
-"""The command line. `renorm --help` must be quick, so nothing here imports torch before a command runs."""
+"""The command line. Nothing here imports torch before a command runs; `import renorm`, which stands before it, does."""
 
 from renorm.cli.main import main as main
 

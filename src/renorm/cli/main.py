@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from renorm.errors import RenormError, UnknownName
+from renorm.log import LOGGER
 
 INTERRUPTED = 130  # what shells give for Ctrl-C: 128 + SIGINT
 PACKAGE = Path(__file__).parents[1]
@@ -21,7 +26,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no bars still gets its numbers
     try:
-        code = _run(words)
+        with _heard():
+            code = _run(words)
         sys.stdout.flush()  # here, where a reader that has gone is expected, and not while Python shuts down
         return code
     except KeyboardInterrupt:
@@ -68,6 +74,28 @@ def _run(words: list[str]) -> int:
     report = command.run(screen)
     screen.show(report)
     return report.exit_code
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Inside, what goes to the logger `renorm`, and what libraries warn of, are lines on stderr: `renorm: warning: …`."""
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("renorm: warning: %(message)s"))
+    lines.setLevel(logging.WARNING)
+    LOGGER.addHandler(lines)
+    try:
+        with warnings.catch_warnings():  # which gives showwarning back
+            warnings.showwarning = _log
+            yield
+    finally:
+        LOGGER.removeHandler(lines)
+
+
+def _log(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    said = " ".join(str(message).split())
+    LOGGER.warning("%s (%s, line %d: %s)", said, Path(filename).name, lineno, category.__name__)
 
 
 def unexpected(error: Exception) -> str:

@@ -120,6 +120,11 @@ def _array(path: Path, held: Mapping[str, Array], name: str) -> Array:
         if "Object arrays" in str(error):  # a .npz is only looked into here
             raise DataError(_objects(f"{path.name}: {name}")) from error
         raise DataError(f"{path.name}: {name} is damaged ({error}). Write the file again.") from error
+    except MemoryError as error:
+        raise DataError(
+            f"{path.name}: {name} does not fit into memory, or its header lies ({error}). Save it by itself as .npy, which is "
+            "read in place."
+        ) from error
 
 
 def _objects(where: str) -> str:

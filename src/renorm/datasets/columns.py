@@ -5,6 +5,7 @@ Tables and the hub's data sets differ in where rows come from (`Rows`); what is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,7 +235,7 @@ class _Images:
         if isinstance(value, bytes):
             return Source(where, value)
         path = Path(str(value)) if self.folder is None else self.folder / str(value)
-        if not path.is_file():
+        if not os.path.isfile(path):
             place = f" in {self.folder}" if self.folder else ""
             raise DataError(
                 f"{where} is {str(value)[:80]!r}, and there is no such image file{place}. "

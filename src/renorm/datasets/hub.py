@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +34,12 @@ def read(name: str, options: Options) -> Dataset:
         raise UsageError("hf: names no data set. Use hf:ORG/NAME, or hf:FOLDER.")
     place, _, configuration = name.partition("#")
     folder = Path(place)
-    saved = folder.is_dir() and any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    saved = any(os.path.isfile(folder / file) for file in ("dataset_dict.json", "state.json"))
     try:
         with _silent(hub):
             found = hub.load_from_disk(place) if saved else hub.load_dataset(place, configuration or None)
     except Exception as error:  # the package raises OSError, ValueError and many kinds of its own
-        said = " ".join(str(error).split())[:200]
+        said = " ".join(str(error).split())[:200].rstrip(".")
         raise DataError(
             f"hf:{name} could not be opened: {type(error).__name__}: {said}. Give hf:ORG/NAME (with #CONFIGURATION where it "
             "has several), or hf:FOLDER; without a connection only what is in the cache can be read."

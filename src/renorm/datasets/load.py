@@ -79,9 +79,9 @@ def load_data(
         return tars.read(name, options)
     place, _, key = name.partition("#") if not os.path.exists(name) else (name, "", "")
     path = Path(place)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, no error for a name that is too long
         return folders.read(path, options)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"there is no file or folder {place}. Correct the path, or use {FORMS}.")
     if path.name.lower().endswith(tables.SUFFIXES):
         return tables.read(path, options)

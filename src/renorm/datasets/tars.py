@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -25,6 +26,7 @@ from renorm.said import listed, say
 __all__ = ["is_shards", "read"]
 
 CLASS = ("cls", "cls.txt", "label", "label.txt")  # what the member with a sample's class is called in the wild
+MOST = 1_000_000  # shards that a pattern may name: all of them are looked for
 LARGEST = 1 << 20  # bytes of a label or of a .json that are read: more is something else
 
 
@@ -111,15 +113,19 @@ def read(spec: str, options: Options) -> Dataset:
 
 def _shards(spec: str) -> list[Path]:
     names: list[str] = [spec]
-    while found := re.search(r"\{(\d+)\.\.(\d+)\}", names[0]):
+    while found := re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", names[0]):
         first, last, width = int(found[1]), int(found[2]), len(found[1])
+        if (many := len(names) * (last - first + 1)) > MOST:
+            raise UsageError(
+                f"{spec} names {many} shards. Give a pattern of {MOST} at most, or *.tar for those that are there."
+            )
         numbers = [f"{k:0{width}d}" for k in range(first, last + 1)]
         names = [name.replace(found[0], number, 1) for name in names for number in numbers]
         if not names:
             raise UsageError(f"{spec} counts down: {found[0]} names no shard. Write {{{last}..{first}}}.")
-    if len(names) == 1 and not Path(spec).exists() and glob.has_magic(spec):
+    if len(names) == 1 and not os.path.exists(spec) and glob.has_magic(spec):
         names = sorted(glob.glob(spec))
-    absent = [name for name in names if not Path(name).is_file()]
+    absent = [name for name in names if not os.path.isfile(name)]
     if absent or not names:
         raise DataError(
             f"there is no file {absent[0] if absent else spec}. Correct the path, or the pattern of the shards."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from renorm.errors import BatchError, UsageError
 from renorm.layers.base import Act, BatchNormTensors, Layer
+from renorm.moments import as_float64
 
 
 class Group(Layer, nn.GroupNorm):
@@ -65,16 +66,16 @@ class Group(Layer, nn.GroupNorm):
         weight, bias = self._folded(*(None if t is None else t.detach() for t in held))
         for name, tensor, old in (("weight", weight, held.weight), ("bias", bias, held.bias)):
             trains = old is None or old.requires_grad
-            setattr(self, name, nn.Parameter(tensor.to(held.mean.dtype), requires_grad=trains))
+            setattr(self, name, nn.Parameter(tensor.to(held.mean), requires_grad=trains))
 
     def _folded(self, mean: Any, var: Any, tracked: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor]:
-        mean, var = mean.double(), var.double()
-        slope = torch.rsqrt(var + self.eps) * (1.0 if weight is None else weight.double())
+        mean, var, weight, bias = (None if t is None else as_float64(t) for t in (mean, var, weight, bias))
+        slope = torch.rsqrt(var + self.eps) * (1.0 if weight is None else weight)
         means, squares = (t.view(self.num_groups, -1).mean(1) for t in (mean, var + mean.square()))
         spread = torch.sqrt(squares - means.square() + self.eps)
         size = self.num_features // self.num_groups
         middle, spread = means.repeat_interleave(size), spread.repeat_interleave(size)
-        return slope * spread, (middle - mean) * slope + (0.0 if bias is None else bias.double())
+        return slope * spread, (middle - mean) * slope + (0.0 if bias is None else bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         names = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")

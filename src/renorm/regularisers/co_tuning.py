@@ -66,7 +66,7 @@ class CoTuning(Regulariser):
         with evaluating(start.model):
             for index, batch in enumerate(start.passing(asked=self.name)):
                 result = start.caller.run(start.model, batch, index=index)
-                chances.append(head(next(iter(seen.values()))).flatten(1).softmax(1).double().cpu())
+                chances.append(head(next(iter(seen.values()))).flatten(1).softmax(1).cpu().double())
                 labels.append(_indices(result.labels).cpu())
         truth = F.one_hot(torch.cat(labels).long()).double()
         return ((truth.T @ torch.cat(chances)) / truth.sum(0).clamp_min(1)[:, None]).float()

@@ -125,7 +125,7 @@ class Delta(Regulariser):
         seen = next(iter(features.values()), result.logits)
         if seen is None:
             seen = start.caller.logits(result, asked="delta's attention")
-        return seen.detach().double().cpu(), result.labels
+        return seen.detach().cpu().double(), result.labels
 
     def _worse(self, start: Start, whole: tuple[Tensor, Any], part: tuple[Tensor, Any]) -> Tensor:
         if start.old_head or not isinstance(whole[1], Tensor) or whole[1].is_floating_point():

@@ -40,7 +40,7 @@ class DeadChannels(Rule):
             dead = weight < self.weight_below
             if site.name in before_relu and isinstance(bias, Tensor):
                 dead |= bias.detach() + 3 * weight < 0
-            share = float(dead.double().mean())
+            share = float(dead.cpu().double().mean())
             if share > self.limit:
                 yield Finding(
                     rule=self.id,
