@@ -32,9 +32,38 @@ ROOMS = (
     *("calls", "files", "provenance", "observation", "observe"),
     *("evaluate", "verify", "trust", "checkpoints", "profile", "guard"),
     *("methods", "recalibrate", "regularisers", "feed", "heads", "choices", "recipe", "runs", "events", "session"),
-    *("finetune", "lean", "graph", "absorb", "labels", "neighbours", "prove", "fold", "export", "adapters", "watch"),
+    *(
+        "finetune",
+        "lean",
+        "graph",
+        "absorb",
+        "labels",
+        "neighbours",
+        "prove",
+        "fold",
+        "export",
+        "adapters",
+        "tally",
+        "loop",
+    ),
     # judgement: values in, findings out
+<<<<<<< HEAD
     *("mend", "adjacent", "second_look", "suspects", "stored", "facts", "rules", "known", "doctor", "recommend"),
+=======
+    *(
+        "mend",
+        "adjacent",
+        "second_look",
+        "suspects",
+        "facts",
+        "rules",
+        "known",
+        "doctor",
+        "watch",
+        "callbacks",
+        "recommend",
+    ),
+>>>>>>> 316b8f7 (The doctor beside a training loop: watch, rules BN401 to BN411, callbacks)
     # edges: files, screens, users
     *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
@@ -49,7 +78,7 @@ EXTRAS = {
 HEAVY = {"sklearn", "scipy", "torchmetrics", "rich", "jsonargparse", "jinja2", "yaml"}
 
 PUBLIC = (
-    *("find_sites", "observe", "profile", "diagnose", "recalibrate_", "evaluate", "verify", "convert_"),
+    *("find_sites", "observe", "profile", "diagnose", "watch", "recalibrate_", "evaluate", "verify", "convert_"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
     *("Observation", "Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
     *("fold", "load_folded_", "export"),
@@ -68,7 +97,7 @@ PUBLIC = (
     *("Freeze", "Policy", "Split"),
     *("Folded", "Exported"),
     *("finetune_", "FineTuned", "save_adapter", "load_adapter_", "Adapter"),
-    *("RenormError", "BatchError", "NoBatchNorm"),
+    *("Watch", "RenormError", "BatchError", "NoBatchNorm"),
 )
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -47,6 +47,8 @@ from renorm.surgery import Conversion as Conversion
 from renorm.surgery import convert_ as convert_
 from renorm.verify import Gap as Gap
 from renorm.verify import verify as verify
+from renorm.watch import Watch as Watch
+from renorm.watch import watch as watch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "Shift",
     "Site",
     "Split",
+    "Watch",
     "apply_policy_",
     "check_groups",
     "convert_",
@@ -96,4 +99,5 @@ __all__ = [
     "split",
     "unfreeze_",
     "verify",
+    "watch",
 ]

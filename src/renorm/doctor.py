@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from renorm.calls import Caller, Forward, Output
 from renorm.checkpoints import read
 from renorm.faces import Faces
 from renorm.facts import Facts
+from renorm.loop import optimizers_in
 from renorm.mend import Undoable
 from renorm.provenance import plain_names
-from renorm.rules.base import Finding, catalogue
+from renorm.rules.base import Finding, catalogue, worst_first
 from renorm.shift import Shift
 from renorm.sites import Site
 from renorm.stored import read_contents, skeleton
@@ -62,11 +64,7 @@ class Diagnosis(Faces):
     def __str__(self) -> str:
         if not self.findings:
             return "nothing wrong was found"
-        return "\n".join(
-            f"{f.rule} {f.severity} at {f.site or 'the model itself'}: {f.message} {f.advice} "
-            f"({f.value:.3g} {f.unit}, limit {f.limit:.3g})"
-            for f in self.findings
-        )
+        return "\n".join(map(str, self.findings))
 
     __repr__ = __str__
 
@@ -77,6 +75,7 @@ def diagnose(
     source: Profile | None = None,
     *,
     checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     forward: Forward | None = None,
     output: Output | None = None,
     device: torch.device | str | None = None,
@@ -85,13 +84,14 @@ def diagnose(
 ) -> Diagnosis:
     """Everything the doctor's rules find wrong, worst first; the model is the same afterwards, bit for bit.
 
-    `checkpoint` is the file that the model was loaded from, or its tensors by name, for the rules that compare the two.
+    `checkpoint` is the file that the model was loaded from, or its tensors by name, for the rules that compare the two;
+    `optimizer` the one that is to train it, or several, for the rules about its groups (`watch` sees the loop itself).
     Without `batches` only the rules that need none run. A model without batch norm is healthy. The cheapest rules run
     first; one pass over the batches serves them all.
     Raises BatchError for batches that cannot be used, CheckpointError for a file that cannot be read.
     """
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
-    facts = Facts(model, batches, source, caller, _tensors(checkpoint))
+    facts = Facts(model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer))
     return _judged(facts)
 
 
@@ -115,7 +115,7 @@ def _judged(facts: Facts) -> Diagnosis:
             findings += rule().check(facts)
     seen = facts.batches is not None
     return Diagnosis(
-        findings=tuple(sorted(findings, key=lambda finding: finding.weight)),
+        findings=worst_first(findings),
         shifts=facts.shifts if seen else {},
         distances=dict(sorted(facts.distances.items(), key=lambda item: -item[1])) if seen else {},
         unvisited=facts.observed.unvisited if seen else (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -10,14 +10,23 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from renorm.calls import Caller, read
 from renorm.freeze import holds_statistics
+from renorm.loop import Loop
 from renorm.mend import Fix, reestimating
 from renorm.moments import Moments, Observed
 from renorm.observation import Observation
 from renorm.observe import finish, observing, sites_to_observe
-from renorm.second_look import Gap, Padding, depends_on_company, gap_between_modes, trailing_padding
+from renorm.second_look import (
+    Gap,
+    Padding,
+    calls_in_a_forward,
+    depends_on_company,
+    gap_between_modes,
+    trailing_padding,
+)
 from renorm.shift import Shift
 from renorm.sites import Site, find_sites, is_lazy, unwrap, walk
 from renorm.state import preserving
@@ -34,8 +43,9 @@ __all__ = ["PASSES", "Facts", "was_trained"]
 # where there are no more than those.
 PASSES: Mapping[str, int] = {
     **{"batch": 0, "held": 0, "new": 0, "broken": 0, "thawing": 0, "file": 0, "graph": 0, "settings": 0},
+    **{"optimizers": 0, "loop": 0},
     **{"observed": 1, "parts": 1, "few": 1, "shifts": 1, "distances": 1},
-    **{"company": 2, "padding": 2, "gap": 3, "suspect": 16},
+    **{"calls": 2, "company": 2, "padding": 2, "gap": 3, "suspect": 16},
 }
 KEPT = 128  # samples of the first batches that are kept for a second look: the standard error of a share is 4 points
 PARTS = 20  # batches whose moments are kept apart: users bring 5 to 20
@@ -53,6 +63,8 @@ class Facts:
     source: Profile | None = None
     caller: Caller = field(default_factory=Caller)
     file: Mapping[str, Tensor] | None = None  # the tensors of the model's checkpoint, by plain name
+    optimizers: Sequence[Optimizer] = ()
+    loop: Loop | None = None  # what a training loop did, where one was watched
     graph: tuple[Stored, ...] | None = None  # the batch norms of an exported file, which `model` is then made of
     settings: bool = True  # whether eps and momentum are the model's: a file of weights does not say
     _kept: list[Any] = field(default_factory=list, repr=False, init=False)
@@ -166,6 +178,13 @@ class Facts:
         return gap_between_modes(self.model, self.few, self.batch, self.caller)
 
     @cached_property
+    def calls(self) -> Mapping[str, int]:
+        """How often each site is called in one forward, on the first batch or in the loop that was watched."""
+        if self.loop is not None:
+            return {name: counts.calls for name, counts in self.loop.counts.items()}
+        return calls_in_a_forward(self.model, self.few[0], self.batch, self.caller) if self.few else {}
+
+    @cached_property
     def company(self) -> float | None:
         """How far a sample's answer depends on the samples beside it, in evaluation; None where it cannot be said."""
         return depends_on_company(self.model, self.few[0], self.caller) if self.few else None
@@ -214,10 +233,14 @@ class Facts:
 
     def has(self, fact: str) -> bool:
         """Whether `fact` can be measured with what was given."""
-        if fact in ("file", "graph"):
+        if fact in ("file", "graph", "loop"):
             return getattr(self, fact) is not None
         if fact == "settings":
             return self.settings
+        if fact == "optimizers":
+            return bool(self.optimizers)
+        if fact == "calls" and self.loop is not None:
+            return True
         return PASSES[fact] == 0 or self.batches is not None
 
     @cached_property

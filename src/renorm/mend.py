@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from glob import escape
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -12,14 +12,29 @@ from torch import Tensor, nn
 from renorm.calls import Caller
 from renorm.errors import UsageError
 from renorm.freeze import freeze_
+from renorm.moments import Moments
 from renorm.recalibrate import recalibrate_
 from renorm.sites import Site, device_of, find_sites
 from renorm.state import Undo
+from renorm.surgery import convert_
 
 if TYPE_CHECKING:
     from renorm.profile import Profile
 
-__all__ = ["Fix", "Undoable", "at_sites", "count_", "freezing", "reestimating", "setting", "widen_"]
+__all__ = [
+    "Fix",
+    "Undoable",
+    "at_sites",
+    "converting",
+    "count_",
+    "freezing",
+    "holding",
+    "reestimating",
+    "setting",
+    "slowing",
+    "widen_",
+    "writing",
+]
 
 
 class Undoable(Protocol):
@@ -72,6 +87,44 @@ def freezing(site: Site) -> Fix | None:
     if site.slot is not None:
         return None
     return lambda model: freeze_(model, statistics=True, affine=False, include=[escape(site.name)])
+
+
+def holding(names: Sequence[str]) -> Fix:
+    """A fix that holds the statistics of these sites, and every other place of their modules, through every `train()`."""
+    include = [pattern for name in names for pattern in _whole_module(name)]
+    return lambda model: freeze_(model, statistics=True, affine=False, include=include)
+
+
+def _whole_module(name: str) -> tuple[str, ...]:
+    own, slotted, _ = name.partition("@")
+    return (escape(own) + "@*",) if slotted else (escape(own),)
+
+
+def slowing(names: Sequence[str], times: int) -> Fix:
+    """A fix that lets `times` updates weigh as much as one did: momentum becomes `1 − (1 − momentum)^(1/times)`."""
+
+    def slow_(site: Site) -> None:
+        momentum = site.momentum
+        if momentum is not None:
+            vars(site.module)["momentum"] = 1 - (1 - momentum) ** (1 / times)
+
+    return at_sites(names, slow_, label="slowing the statistics")
+
+
+def writing(values: Mapping[str, Moments], *, label: str) -> Fix:
+    """A fix that lets the sites hold these statistics, as they were held before."""
+
+    def write_(site: Site) -> None:
+        held = values[site.name]
+        for tensor, value in zip(site.tensors or (), (held.mean, held.var), strict=True):
+            tensor.data.copy_(value)
+
+    return at_sites(list(values), write_, label=label)
+
+
+def converting(names: Sequence[str], to: str) -> Fix:
+    """A fix that puts a layer of the catalogue, by its name, at these sites."""
+    return lambda model: convert_(model, to, include=[escape(name) for name in names])
 
 
 def count_(site: Site) -> None:

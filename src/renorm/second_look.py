@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from renorm.shift import Shift
 from renorm.sites import Site, unwrap
 from renorm.state import evaluating, preserving
 
-__all__ = ["Gap", "Padding", "depends_on_company", "gap_between_modes", "trailing_padding"]
+__all__ = ["Gap", "Padding", "calls_in_a_forward", "depends_on_company", "gap_between_modes", "trailing_padding"]
 
 FEWEST = 16  # samples in a batch whose own moments may normalise it: below, the noise of the batch is the gap
 
@@ -115,6 +116,14 @@ def trailing_padding(
         name: Padding(share=padded / total, moved=Shift.between(clean, whole, eps=1e-12).layer.wasserstein2)
         for name, ((padded, total, whole, clean), *_) in found.items()
     }
+
+
+def calls_in_a_forward(model: nn.Module, batch: Any, sites: Sequence[Site], caller: Caller) -> dict[str, int]:
+    """How often one forward calls each site; those that it does not reach are left out."""
+    calls: Counter[str] = Counter()
+    with _looking(model), visiting(unwrap(model), sites, lambda site, x: calls.update([site.name])):
+        caller.run(model, batch)
+    return dict(calls)
 
 
 @contextmanager

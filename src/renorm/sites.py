@@ -83,6 +83,11 @@ class Site:
         return hasattr(module, "momentum") and self.momentum != 0
 
     @property
+    def synchronises(self) -> bool:
+        """Whether ranks that train together would normalise by the batch of all of them here."""
+        return isinstance(self.module, nn.SyncBatchNorm)
+
+    @property
     def affine(self) -> dict[str, nn.Parameter]:
         """The scale and shift, by attribute name, as far as they are parameters: frozen copies keep buffers.
 
@@ -186,13 +191,25 @@ def select(
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside any stack of torch.compile, DDP, DataParallel, averaged and EMA wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and not _WRAPPERS.isdisjoint(c.__name__ for c in type(model).__mro__):
-            inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
+    stack = wrappers(model)
+    return _inside(stack[-1]) if stack else model
+
+
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """The stack that `unwrap` looks through, the outermost first; empty where nothing is wrapped."""
+    found: list[nn.Module] = []
+    while (inner := _inside(model)) is not model:
+        found.append(model)
         model = inner
+    return found
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """What the wrapper `model` holds, or the model itself where it is no wrapper."""
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None and not _WRAPPERS.isdisjoint(c.__name__ for c in type(model).__mro__):
+        inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 _WRAPPERS = {  # by name, so that none of these has to be imported to be known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Literal
@@ -12,7 +12,7 @@ from renorm.facts import PASSES, Facts
 from renorm.family import members
 from renorm.mend import Fix
 
-__all__ = ["PASSES", "SEVERITIES", "Facts", "Finding", "Rule", "Severity", "catalogue"]
+__all__ = ["PASSES", "SEVERITIES", "Facts", "Finding", "Rule", "Severity", "catalogue", "worst_first"]
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -36,10 +36,21 @@ class Finding:
     advice: str
     fix_: Fix | None = None
 
+    def __str__(self) -> str:
+        return (
+            f"{self.rule} {self.severity} at {self.site or 'the model itself'}: {self.message} {self.advice} "
+            f"({self.value:.3g} {self.unit}, limit {self.limit:.3g})"
+        )
+
     @property
     def weight(self) -> tuple[int, float]:
         """Sorts findings worst first: by severity, then by how many times the limit was exceeded."""
         return SEVERITIES.index(self.severity), -self.value / self.limit if self.limit > 0 else -self.value
+
+
+def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings by severity, then by how many times the limit was exceeded."""
+    return tuple(sorted(findings, key=lambda finding: finding.weight))
 
 
 @dataclass(frozen=True, kw_only=True)
