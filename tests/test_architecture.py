@@ -47,23 +47,20 @@ ROOMS = (
         "loop",
     ),
     # judgement: values in, findings out
-<<<<<<< HEAD
-    *("mend", "adjacent", "second_look", "suspects", "stored", "facts", "rules", "known", "doctor", "recommend"),
-=======
     *(
         "mend",
         "adjacent",
         "second_look",
         "suspects",
+        "stored",
         "facts",
         "rules",
         "known",
         "doctor",
         "watch",
         "callbacks",
-        "recommend",
     ),
->>>>>>> 316b8f7 (The doctor beside a training loop: watch, rules BN401 to BN411, callbacks)
+    *("recommend",),
     # edges: files, screens, users
     *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )

@@ -537,3 +537,54 @@ def test_what_accelerate_prepared_can_be_watched() -> None:
                 optimizer.zero_grad()
     assert watching.loop.steps == 2
     assert rules(watching) == ["BN404"]
+
+
+def test_sync_batch_norm_on_a_cpu_with_a_group_is_an_error_and_converted_back() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(net()).train()
+    (alone,) = diagnose(model).findings[-1:]
+    assert (alone.rule, alone.severity, alone.value) == ("BN407", "info", 2.0)
+    zoo.join_group_of_one()
+    (found,) = [f for f in diagnose(model).findings if f.rule == "BN407"]
+    assert found.severity == "error"
+    with pytest.raises(ValueError, match="SyncBatchNorm"):
+        model(images())
+    before = photograph(model)
+    undo = found.fix_(model)  # type: ignore[misc]
+    model(images())
+    undo.restore_()
+    assert differences(before, photograph(model)) == []
+    zoo.leave_group()
+
+
+def test_two_forwards_under_ddp_before_one_backward_are_found() -> None:
+    zoo.join_group_of_one()
+    for syncs, expected in ((True, ["BN404", "BN409"]), (False, ["BN404"])):
+        model = nn.parallel.DistributedDataParallel(net())
+        for name in {"broadcast_buffers", "forward_sync_buffers"} & set(vars(model)):  # its name in newer versions
+            vars(model)[name] = syncs
+        watching = train(model, views=2)
+        assert sorted(rules(watching)) == expected
+    assert sorted(rules(train(nn.parallel.DistributedDataParallel(net()), parts=2))) == ["BN404"]
+    zoo.leave_group()
+
+
+def _rank(rank: int, file: str, results: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(net())
+    watching = train(model)
+    results.put([(f.rule, f.site, f.value) for f in watching.findings])
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_few_samples_on_each_of_two_ranks_are_found(tmp_path: Any) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=_rank, args=(rank, str(tmp_path / "meet"), results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join(60)
+    assert found == [[("BN408", "block.1", 8.0)]] * 2 or found == [[("BN408", "stem.1", 8.0)]] * 2

@@ -25,7 +25,7 @@ class BroadcastBetween(Rule):
         stack = [w for w in wrappers(facts.model) if isinstance(w, nn.parallel.DistributedDataParallel)]
         moving = [name for name, counts in (facts.loop.counts if facts.loop else {}).items() if counts.trained]
         waiting = facts.loop.waiting if facts.loop else 0
-        if moving and waiting > 1 and any(wrapper.broadcast_buffers for wrapper in stack):
+        if moving and waiting > 1 and any(map(_syncs, stack)):
             yield Finding(
                 rule=self.id,
                 site=moving[0],
@@ -39,7 +39,12 @@ class BroadcastBetween(Rule):
                     waiting=waiting,
                 ),
                 advice=say(
-                    "Pass broadcast_buffers=False to DistributedDataParallel, use SyncBatchNorm, or put both inputs into "
+                    "Pass forward_sync_buffers=False (before torch 2.15 broadcast_buffers=False), use SyncBatchNorm, or put both inputs into "
                     "one call."
                 ),
             )
+
+
+def _syncs(wrapper: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether buffers are broadcast at each forward; newer versions name the switch otherwise, and warn of the old name."""
+    return bool(vars(wrapper).get("forward_sync_buffers", vars(wrapper).get("broadcast_buffers", False)))
