@@ -39,8 +39,8 @@ class BroadcastBetween(Rule):
                     waiting=waiting,
                 ),
                 advice=say(
-                    "Pass forward_sync_buffers=False (before torch 2.15 broadcast_buffers=False), use SyncBatchNorm, or put both inputs into "
-                    "one call."
+                    "Pass forward_sync_buffers=False (before torch 2.15 broadcast_buffers=False), use SyncBatchNorm, "
+                    "or put both inputs into one call."
                 ),
             )
 
