@@ -9,7 +9,7 @@ ARGS   ?=
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := src tests examples
+SOURCES := src tests examples docs
 
 # One thread for each test process: JOBS processes with a thread for every core each would only wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -29,6 +29,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	PATH=$(abspath $(BIN)):$$PATH PYTHONPATH=$(CURDIR)/src pyright --verifytypes renorm --ignoreexternal
 	$(BIN)/codespell
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR)/src $(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 bench: $(VENV)/test.stamp
 	$(BIN)/renorm bench $(SUITE) --data $(DATA) $(ARGS)

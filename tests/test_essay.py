@@ -1,4 +1,4 @@
-"""examples/essay.py runs, shows what its six steps claim, and prints the numbers that both READMEs have."""
+"""examples/essay.py runs, shows what its six steps claim, and prints the numbers that both READMEs and its page have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-READMES = ("README.md", "README.zh-CN.md")
+READMES = ("README.md", "README.zh-CN.md", "docs/essay.md")
 ROW = re.compile(r"^\| ([24-6]) \| .* \| ([\d.]+)(?: → ([\d.]+))? \|$", re.MULTILINE)
 
 
@@ -70,7 +70,7 @@ def test_missing_classes_hurt_and_both_guards_notice(told: Any) -> None:
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_the_readmes_print_what_is_measured(readme: str, told: Any) -> None:
+def test_the_pages_print_what_is_measured(readme: str, told: Any) -> None:
     """To within three points: other processors round otherwise, and a network trained on them errs elsewhere."""
     printed = [[float(n) for n in row[1:] if n] for row in ROW.findall((ROOT / readme).read_text(encoding="utf-8"))]
     measured: list[list[float]] = [
