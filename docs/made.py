@@ -6,6 +6,7 @@ there, so that the links work on the forge too; here they are turned to where th
 
 from __future__ import annotations
 
+import html
 import inspect
 import posixpath
 import re
@@ -160,12 +161,12 @@ def _options(known: list[Setting]) -> str:
         value = "" if each.type is bool or each.positional else f" {placeholder(each)}"
         name = each.key.upper() if each.positional else f"{each.short + ', ' if each.short else ''}{each.flag}{value}"
         shown = "needed" if each.required else "" if each.default in (None, "", (), False) else f"`{each.default}`"
-        rows.append(f"| `{_cell(name)}` | {_cell(each.help)} | {_cell(shown)} |")
+        rows.append(f"| <code>{_cell(name)}</code> | {_cell(each.help)} | {shown} |")
     return "\n".join(["| option | what it does | default |", "|---|---|---|", *rows]) if rows else "It has no options."
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return html.escape(text, quote=False).replace("|", "&#124;")
 
 
 def _first(thing: object) -> str:
@@ -211,7 +212,7 @@ def _parts() -> dict[str, str]:
     found, part = {}, ""
     for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
         if heading := re.match(r"\s+── (.*) ──$", line):
-            part = heading[1].partition(":")[0].partition(";")[0].capitalize()
+            part = heading[1].partition(":")[0].replace(";", " and").replace("+", "and").capitalize()
         elif part and (room := re.match(r"    (\w+)(?:\.py|/) ", line)):
             found[room[1]] = part
     return found

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from renorm import methods
 from renorm.methods.base import catalogue
@@ -56,6 +59,25 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def in_navigation() -> set[str]:
+    """Every page that mkdocs.yml names."""
+
+    def places(nav: Any) -> Iterator[str]:
+        if isinstance(nav, str):
+            yield nav
+        else:
+            for entry in nav.values() if isinstance(nav, dict) else nav:
+                yield from places(entry)
+
+    return set(places(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    missing = pages - in_navigation()
+    assert not missing, f"nobody finds {', '.join(sorted(missing))}: name it under nav: in mkdocs.yml"
 
 
 def test_both_readmes_say_the_same() -> None:

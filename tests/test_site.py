@@ -1,21 +1,22 @@
-"""The documentation's site: every page is in its navigation, what is made says what the code does, links lead somewhere."""
+"""The documentation's site: what is made says what the code does, links lead somewhere."""
 
 from __future__ import annotations
 
+import html
+import importlib
 import importlib.util
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import yaml
 
 import renorm
 from renorm import layers
 from renorm.cli.base import Command, catalogue, settings
+from tests.test_docs import in_navigation
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -34,27 +35,9 @@ def made() -> Iterator[ModuleType]:
         yield module
 
 
-def places(nav: Any) -> Iterator[str]:
-    """Every page that the navigation names."""
-    if isinstance(nav, str):
-        yield nav
-    else:
-        for entry in nav.values() if isinstance(nav, dict) else nav:
-            yield from places(entry)
-
-
-def test_every_page_is_in_the_navigation() -> None:
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    named = set(places(config["nav"]))
-    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
-    missing = pages - named
-    assert not missing, f"nobody finds {', '.join(sorted(missing))}: name it under nav: in mkdocs.yml"
-
-
 def test_the_navigation_names_no_page_that_is_not_there(made: ModuleType) -> None:
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     there = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} | set(made.ELSEWHERE.values())
-    assert {place for place in places(config["nav"]) if not place.endswith("/*")} - there == set()
+    assert {place for place in in_navigation() if not place.endswith("/*")} - there == set()
 
 
 @pytest.mark.parametrize("name", catalogue())
@@ -63,8 +46,8 @@ def test_a_commands_page_names_every_option(made: ModuleType, name: str) -> None
     page = dict(made.commands())[f"commands/{name}.md"]
     for each in settings(kind):
         if each.key != "options":
-            assert (f"`{each.key.upper()}" if each.positional else each.flag) in page
-            assert each.help.replace("|", "\\|") in page
+            assert (f"<code>{each.key.upper()}<" if each.positional else each.flag) in page
+            assert html.escape(each.help, quote=False).replace("|", "&#124;") in page
     assert kind.example in page
 
 
