@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import struct
@@ -224,3 +225,13 @@ def test_modes_of_all_kinds_go_through_with_a_note(
     assert "images converted to RGB (of 17 looked at: 1 1, 1 CMYK, 1 I;16, 1 L, 1 LA, 3 P, 1 RGBA)" in said
     assert sys.platform == "win32" or "left out what is no image: 1 .png, 2 link in a circle" in said
     assert Path("new.safetensors").exists()
+
+
+def test_json_is_utf8_whatever_the_terminal_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(NETS)
+    photos("Röntgen · 肺")
+    held = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(held, encoding="latin-1"))
+    assert main(["doctor", "nets.py:net", "Röntgen · 肺", "--format", "json", "--quiet", "--fail-on", "never"]) == 0
+    assert json.loads(held.getvalue().decode("utf-8"))["data"] == "Röntgen · 肺"

@@ -87,7 +87,8 @@ class Run:
         try:
             with safe_open(self.path, framework="pt", device="cpu") as opened:
                 metadata = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+                # copies: Windows puts no new checkpoint in the place of a file that is still mapped
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}
             known, state = json.loads(metadata["identity"]), json.loads(metadata["state"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(

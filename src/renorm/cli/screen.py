@@ -88,24 +88,27 @@ class Screen:
             from renorm.provenance import version
             from renorm.report import json
 
-            sys.stdout.write(json.render(report, version=version("renorm")) + "\n")
+            _write(json.render(report, version=version("renorm")) + "\n")
         elif self.format == "html":
             from renorm.report import html
 
-            page = html.render(report, lang=self.lang)
-            # the page says that it is UTF-8, whatever the terminal speaks
-            raw = getattr(sys.stdout, "buffer", None)
-            sys.stdout.write(page) if raw is None else raw.write(page.encode())
+            _write(html.render(report, lang=self.lang))
         elif self.format == "sarif":
             from renorm.provenance import version
             from renorm.report import sarif
 
-            sys.stdout.write(sarif.render(report, version=version("renorm")) + "\n")
+            _write(sarif.render(report, version=version("renorm")) + "\n")
         else:
             from renorm.report import terminal
             from renorm.report.language import translated
 
             terminal.show(translated(report, self.lang), sys.stdout)
+
+
+def _write(text: str) -> None:
+    """Write what other programs read, in UTF-8: the page says that it is, JSON has to be, whatever the terminal speaks."""
+    raw = getattr(sys.stdout, "buffer", None)
+    sys.stdout.write(text) if raw is None else raw.write(text.encode(errors="replace"))
 
 
 class _Watched:
