@@ -9,7 +9,7 @@ ARGS   ?=
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := src tests examples docs
+SOURCES := src tests examples docs/made.py
 
 # One thread for each test process: JOBS processes with a thread for every core each would only wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
