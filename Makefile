@@ -29,7 +29,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	PATH=$(abspath $(BIN)):$$PATH PYTHONPATH=$(CURDIR)/src pyright --verifytypes renorm --ignoreexternal
 	$(BIN)/codespell
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR)/src $(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(CURDIR)/src $(BIN)/mkdocs build --strict --site-dir $(VENV)/site
 
 bench: $(VENV)/test.stamp
 	$(BIN)/renorm bench $(SUITE) --data $(DATA) $(ARGS)

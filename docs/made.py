@@ -20,6 +20,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pymdownx.slugs import slugify
 
 import renorm
 from renorm import layers
@@ -61,6 +62,7 @@ BESIDES = (
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the made pages where the navigation says `folder/*`."""
     made = {"commands": list(commands()), "api": list(api()), "benchmarks": list(benchmarks())}
+    config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")  # headings in Chinese have names too
     config.nav = [_filled(entry, made) for entry in config.nav or []]
     return config
 
