@@ -92,5 +92,14 @@ def test_tables_and_signals_through_the_verbs(bed: Any, case: str | None, data: 
         assert found["profile"] > found["source"]
     if case == "6":
         assert min(found["plain"], found["profile"]) > found["source"] + 5
+    if (
+        bed is signals.beats
+    ):  # nearly all of the source's beats are of one kind: no mix of kinds may run away to another
+        for name, patient in parts.items():
+            before, after, checked = (
+                signals.adapted(way, model, source, patient)["accuracy"] for way in ("source", "profile", "check")
+            )
+            assert after > before - 10, name  # one patient fell by 66 points
+            assert checked >= before - 0.5, name
     shifts = renorm.diagnose(model, list(torch.split(target[0], 100))).shifts
     assert shifts

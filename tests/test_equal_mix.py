@@ -89,6 +89,27 @@ def test_the_class_mix_is_that_of_the_slow_twin(seed: int, rounds: int) -> None:
     np.testing.assert_allclose(got, twin.class_mix(probabilities.numpy(), prior.numpy(), rounds), rtol=1e-6)
 
 
+@given(st.integers(0, 50), st.lists(st.floats(0, 1), min_size=3, max_size=3))
+def test_shares_are_believed_by_a_power_as_in_the_slow_twin(seed: int, belief: list[float]) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    probabilities = torch.rand(20, 3, generator=rng, dtype=torch.float64).add(1e-2)
+    probabilities /= probabilities.sum(1, keepdim=True)
+    prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    got = class_mix(probabilities, prior, rounds=5, enough=0.0, belief=torch.tensor(belief, dtype=torch.float64))
+    want = twin.class_mix(probabilities.numpy(), prior.numpy(), 5, np.array(belief))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_class_that_the_source_never_showed_explains_nothing() -> None:
+    """Where the model is a little unsure of everything, such a class would take all: its share per prior is the largest."""
+    probabilities = torch.tensor([[0.9, 0.095, 0.005]], dtype=torch.float64).expand(50, -1)
+    counts = torch.tensor([950.0, 50.0, 0.0], dtype=torch.float64)
+    prior = counts / counts.sum()
+    assert float(class_mix(probabilities, prior)[2]) > 0.9
+    known = (counts / 50).clamp_max(1)
+    assert float(class_mix(probabilities, prior, belief=known)[2]) < 0.01
+
+
 def test_the_class_mix_is_that_of_the_samples_and_doubt_pulls_it_to_the_prior() -> None:
     x, labels = draw(2000, (0.9, 0.1, 0.0))
     with torch.no_grad():
@@ -136,6 +157,15 @@ def test_a_profile_may_be_given_as_its_file(tmp_path: Any) -> None:
     recalibrate_(one, target, source=tmp_path / "source.profile")
     recalibrate_(other, target, source=known())
     torch.testing.assert_close(one[0].running_mean, other[0].running_mean, rtol=1e-5, atol=1e-5)
+
+
+def test_an_uneven_source_says_that_other_mixes_are_hardly_believed() -> None:
+    x, labels = draw(600, (0.96, 0.03, 0.01), seed=3)
+    uneven = profile(trained(), [(x, labels)])
+    assert uneven.is_uneven
+    assert uneven.belief.tolist() == pytest.approx([uneven.evenness, uneven.evenness * 0.36, uneven.evenness * 0.12])
+    target = draw(300, (0.5, 0.4, 0.1))[0].split(100)
+    assert "mixed so unevenly" in recalibrate_(trained(), target, source=uneven).notes[0]
 
 
 def test_a_class_mix_that_still_changes_is_said() -> None:

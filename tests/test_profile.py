@@ -53,6 +53,17 @@ def in_batches(images: Tensor, labels: Tensor | None = None, size: int = 32) -> 
     return list(zip(images.split(size), labels.split(size), strict=True))
 
 
+def test_what_is_believed_hangs_on_how_many_images_and_how_evenly_mixed() -> None:
+    images, _ = samples(60)
+    even, one = (
+        profile(net(), in_batches(images, labels)) for labels in (torch.arange(60) % 3, torch.zeros(60).long())
+    )
+    assert even.evenness == pytest.approx(1)
+    assert even.belief.tolist() == pytest.approx([0.4, 0.4, 0.4])
+    assert (one.evenness, one.is_uneven, even.is_uneven) == (0, True, False)
+    assert one.belief.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("mix", [(1.0, 0.0, 0.0), (0.2, 0.3, 0.5)])
 def test_moments_at_any_class_mix_are_those_of_the_images(mix: tuple[float, ...]) -> None:
     images, labels = samples()

@@ -69,6 +69,17 @@ def test_without_movement_the_source_is_kept_unless_a_profile_vouches() -> None:
     assert trust(before, after, source=object(), moved=0.9 * MOVED).better
 
 
+def test_where_asked_it_must_be_surer_by_two_standard_errors() -> None:
+    few = slice(0, 12)  # nine of them part
+    for noise, margin, better in ((0.3, 3.0, True), (3.0, 2.2, False)):
+        before, after = answers(COLLAPSED, margin=2.0), answers(TRUTH, margin=margin, noise=noise, seed=1)
+        assert trust(before[few], after[few], moved=1.0).better
+        verdict = trust(before[few], after[few], moved=1.0, strict=True)
+        assert verdict.better is better, verdict
+        assert better or "standard errors apart where 2 are asked for" in verdict.why
+    assert not trust(answers(COLLAPSED, margin=2.0)[:2], answers(TRUTH, margin=8.0)[:2], strict=True).better
+
+
 def test_less_is_claimed_where_the_movement_is_unknown() -> None:
     before, after = answers(COLLAPSED, margin=2.0), answers(TRUTH, margin=8.0, seed=1)
     assert trust(before, after).reliability == UNSEEN < trust(before, after, moved=1.0).reliability

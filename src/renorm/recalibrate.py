@@ -242,5 +242,6 @@ def _judge(
         nll = say("{why}, and the mean negative log likelihood from {was:.3g} to {now:.3g}", why=why, was=was, now=now)
         return now <= was, nll, None
     moved = sum(shift.moved for shift in shifts.values()) / max(1, len(shifts))
-    verdict = trust(before.logits, after.logits, source=profile, moved=moved)
+    strict = profile is not None and profile.is_uneven
+    verdict = trust(before.logits, after.logits, source=profile, moved=moved, strict=strict)
     return verdict.better, verdict.why, verdict

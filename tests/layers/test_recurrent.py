@@ -462,3 +462,42 @@ def test_networks_that_have_no_counterpart_are_refused() -> None:
         BNGRU.from_gru(nn.LSTM(3, 4))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="a network with proj_size=2 was given"):
         BNLSTM.from_lstm(nn.LSTM(3, 4, proj_size=2))
+
+
+# ── whole sequences as one node ──
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["equal", "ragged"])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"bidirectional": True, "num_layers": 2}], ids=str)
+def test_a_sequence_in_one_node_gives_what_single_steps_give(
+    options: dict[str, Any], lengths: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs, states, statistics, gradients, and gradients of gradients."""
+    found = []
+    for one_node in (True, False):
+        rnn, x = made("lstm", **options), sequences().requires_grad_()
+        if not one_node:
+            monkeypatch.setattr(BNLSTM, "_in_one", lambda *_: False)
+        start = torch.linspace(-1, 1, rnn.num_layers * rnn.directions * 35, dtype=F64).view(-1, 7, 5).requires_grad_()
+        output, (h, c) = rnn(x, (start, 2 * start), lengths=lengths)
+        loss = (output * torch.linspace(-1, 1, output.numel(), dtype=F64).view_as(output)).sum() + (h * c).sum()
+        inputs = [x, start, *rnn.parameters()]
+        plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+        again = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad(torch.stack([g.square().sum() for g in again]).sum(), inputs)
+        for first, same in zip(plain, again, strict=True):
+            torch.testing.assert_close(first, same.detach(), rtol=1e-9, atol=1e-9)
+        found.append([output.detach(), h.detach(), c.detach(), *plain, *second, *rnn.buffers()])
+    for ours, other in zip(*found, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-7, atol=1e-7)
+
+
+def test_statistics_do_not_hang_on_which_way_they_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = sequences(steps=4)
+    for momentum in (0.1, None, 0.0):
+        quick, slow = (made("lstm", momentum=momentum, lived=lived) for lived in (True, True))
+        quick(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(StepNorm, "_moved_apart", lambda *_: False)
+            slow(x)
+        same(moments(quick), moments(slow), 1e-12)

@@ -38,8 +38,8 @@ def equal_mix(
     return np.array(mean), np.array(var)
 
 
-def class_mix(probabilities: Array, prior: Array, rounds: int) -> Array:
-    """Saerens et al. 2002: posteriors reweighted by the mix they imply, sample after sample."""
+def class_mix(probabilities: Array, prior: Array, rounds: int, belief: Array | None = None) -> Array:
+    """Saerens et al. 2002: posteriors reweighted by the mix they imply, sample after sample; shares believed by a power."""
     mix = prior.copy()
     for _ in range(rounds):
         total = np.zeros_like(mix)
@@ -47,4 +47,7 @@ def class_mix(probabilities: Array, prior: Array, rounds: int) -> Array:
             weighted = row * mix / prior
             total += weighted / weighted.sum()
         mix = total / len(probabilities)
+        if belief is not None:
+            powers = [p * (m / p) ** b for p, m, b in zip(prior, mix, belief, strict=True)]
+            mix = np.array(powers) / sum(powers)
     return mix

@@ -32,6 +32,9 @@ class EqualMix(Method):
     widest    the largest ratio of standard deviations, target to source, that a channel is believed, either way
     images    target images that weigh as much as the doubt about their moments
 
+    A found share of a class is believed as far as the profile can vouch for it (`Profile.belief`): a class with few images, or
+    a source of which nearly all is one class, would else seem to explain whatever makes the model unsure.
+
     Needs `source=`. Each pass normalises every site by the moments found so far, so that what is measured downstream is what
     will be seen there; it then re-estimates the class mix from all predictions (Saerens, Latinne and Decaestecker 2002).
     Memory: one row of class probabilities per image. On one process: give it all the batches.
@@ -111,18 +114,29 @@ def equal_mix(target: Moments, source_there: Moments, source_home: Moments, *, e
 
 
 def class_mix(
-    probabilities: Tensor, prior: Tensor, *, doubt: float = 0.0, rounds: int = 100, enough: float = 1e-4
+    probabilities: Tensor,
+    prior: Tensor,
+    *,
+    doubt: float = 0.0,
+    rounds: int = 100,
+    enough: float = 1e-4,
+    belief: Tensor | None = None,
 ) -> Tensor:
     """The likeliest class mix of samples with these probabilities under a model whose classes are mixed as `prior`.
 
     Expectation maximisation (Saerens et al. 2002, eq. 2.7), from the prior, until the sum of changes is below `enough`.
-    `doubt` adds that many images of the prior's mix per image given: the mode under a Dirichlet prior.
-    Shapes: probabilities (N, K), prior and result (K,), both summing to one.
+    `doubt` adds that many images of the prior's mix per image given: the mode under a Dirichlet prior. `belief` is the power
+    to which a class's share may differ from the prior's in every round: 1 as found, 0 not at all.
+    Shapes: probabilities (N, K), prior, belief and result (K,), prior and result summing to one.
     """
     prior = prior.clamp_min(1e-3 / len(prior))  # a class that no profiled image had may be here all the same
     mix = start = prior / prior.sum()
     for _ in range(rounds):
-        before, mix = mix, (responsibilities(probabilities, mix, prior).mean(0) + doubt * start) / (1 + doubt)
+        found = responsibilities(probabilities, mix, prior).mean(0)
+        if belief is not None:
+            found = start * (found / start).pow(belief)
+            found = found / found.sum()
+        before, mix = mix, (found + doubt * start) / (1 + doubt)
         if float((mix - before).abs().sum()) < enough:
             break
     return mix
@@ -170,7 +184,8 @@ class _Search:
             sure = responsibilities(probabilities, self._mix, self._source.prior) if self.passes else probabilities
             classes, images, count = classes + sure.sum(0), images + samples, count + 1
             predicted.append(probabilities.float())
-        mix = class_mix(torch.cat(predicted).double(), self._source.prior, doubt=self._method.doubt)
+        prior, belief = self._source.prior, self._source.belief
+        mix = class_mix(torch.cat(predicted).double(), prior, doubt=self._method.doubt, belief=belief)
         self.change = float((mix - self._mix).abs().sum())
         self._mix, self.earlier, self._seen = mix, self._seen, {}
         self.samples, self.batches, self.passes = images, count, self.passes + 1
@@ -204,16 +219,26 @@ class _Search:
         return {n: moments for n, (moments, _) in found.items()}, {n: weight for n, (_, weight) in found.items()}
 
     def notes(self) -> tuple[str, ...]:
-        if self.change < self._method.settled:
-            return ()
-        return (
-            say(
-                "the class mix still changed by {change:.3f} in the last of {passes} passes, {settled:g} was asked for: few "
-                "images, or predictions that say little about the class.",
-                change=self.change,
-                passes=self.passes,
-                settled=self._method.settled,
-            ),
+        said: list[str] = []
+        if self._source.is_uneven:
+            said.append(
+                say(
+                    "the source's classes are mixed so unevenly (evenness {evenness:.2f} of 1) that other shares of them are "
+                    "hardly believed: where the target's differ much, check with labels.",
+                    evenness=self._source.evenness,
+                )
+            )
+        if self.change >= self._method.settled:
+            said.append(self._unsettled())
+        return tuple(said)
+
+    def _unsettled(self) -> str:
+        return say(
+            "the class mix still changed by {change:.3f} in the last of {passes} passes, {settled:g} was asked for: few "
+            "images, or predictions that say little about the class.",
+            change=self.change,
+            passes=self.passes,
+            settled=self._method.settled,
         )
 
     def _presume(self, model: nn.Module, batch: Any, caller: Caller, index: int) -> tuple[int, Tensor]:

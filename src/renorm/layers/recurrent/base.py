@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +160,8 @@ class Recurrent(nn.Module, ABC):
         self, data: Tensor, packed: Packed, state: tuple[Tensor, ...], suffix: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One layer in one direction: its outputs, packed, and every sequence's states after its own last step."""
-        norms = {norm: self.get_submodule(_named(norm, suffix)) for norm in self.norms}
-        passing = {name: norm.begin(packed.sizes, packed.unsorted) for name, norm in norms.items()}  # type: ignore[operator]
+        norms = self._norms(suffix)
+        passing = {name: norm.begin(packed.sizes, packed.unsorted) for name, norm in norms.items()}
         x = norms["input"](F.linear(data, getattr(self, f"weight_ih{suffix}")), passing["input"])
         if self.bias:
             x = x + self._input_bias(suffix)
@@ -176,9 +176,13 @@ class Recurrent(nn.Module, ABC):
             outputs.append(state[0])
         ended.append(state)
         for name, norm in norms.items():
-            norm.track_(passing[name])  # type: ignore[operator]
+            norm.track_(passing[name])
         final = tuple(torch.cat(parts[::-1]) for parts in zip(*ended, strict=True))
         return torch.cat(outputs), final
+
+    def _norms(self, suffix: str) -> dict[str, StepNorm]:
+        """The norms of one layer in one direction, by their kind."""
+        return {norm: cast(StepNorm, self.get_submodule(_named(norm, suffix))) for norm in self.norms}
 
     def _input_bias(self, suffix: str) -> Tensor:
         bias: Tensor = getattr(self, f"bias_ih{suffix}")

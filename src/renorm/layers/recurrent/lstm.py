@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.errors import UsageError
-from renorm.layers.recurrent.base import AtStep, Input, Recurrent, like
+from renorm.layers.recurrent.base import AtStep, Input, Packed, Recurrent, like
+from renorm.layers.recurrent.whole import whole_lstm
 
 
 class BNLSTM(Recurrent):
@@ -53,6 +55,33 @@ class BNLSTM(Recurrent):
         output, (h, c) = self._run(input, hx, lengths)
         return output, (h, c)
 
+    def _scan(
+        self, data: Tensor, packed: Packed, state: tuple[Tensor, ...], suffix: str
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not self._in_one(data, packed.sizes):
+            return super()._scan(data, packed, state, suffix)
+        norms = self._norms(suffix)
+        passing = {name: norm.begin(packed.sizes, packed.unsorted) for name, norm in norms.items()}
+        bias = self._input_bias(suffix) if self.bias else None
+        hidden, cell = whole_lstm(
+            F.linear(data, self.get_parameter(f"weight_ih{suffix}")),
+            (state[0], state[1]),
+            self.get_parameter(f"weight_hh{suffix}"),
+            [(norm.weight, bias if name == "input" else norm.bias) for name, norm in norms.items()],
+            [(each.mean, each.unbiased) for each in passing.values()],
+            packed.sizes,
+            [norm.eps for norm in norms.values()],
+        )
+        for name, norm in norms.items():
+            norm.track_(passing[name])
+        return hidden, (_last(hidden, packed.sizes), cell)
+
+    def _in_one(self, data: Tensor, sizes: Sequence[int]) -> bool:
+        """Whether a sequence can be one node of autograd's: in training, every step with a variance, nothing else to see it."""
+        alike = data.dtype == self.get_parameter("weight_hh_l0").dtype
+        plain = not torch.is_autocast_enabled(data.device.type) and not torch.compiler.is_compiling()
+        return self.training and torch.is_grad_enabled() and alike and plain and min(sizes) > 1
+
     def _input_bias(self, suffix: str) -> Tensor:
         return super()._input_bias(suffix) + self.get_parameter(f"bias_hh{suffix}")
 
@@ -64,3 +93,9 @@ class BNLSTM(Recurrent):
         i, f, _, o = gates.sigmoid().chunk(4, 1)  # one kernel for all: what it computes of g is left aside
         c = f * c + i * gates[:, 2 * self.hidden_size : 3 * self.hidden_size].tanh()
         return o * norm("cell", c).tanh(), c
+
+
+def _last(packed: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Every sequence's value at its own last step. Shapes: packed (sum of sizes, H) → (N, H)."""
+    steps = torch.split(packed, list(sizes))
+    return torch.cat([now[after:] for now, after in zip(steps[::-1], [0, *sizes[:0:-1]], strict=True)])

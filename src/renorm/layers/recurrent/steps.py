@@ -126,7 +126,7 @@ class StepNorm(nn.Module):
             return
         with torch.no_grad():
             met = [t for t, size in enumerate(passing.sizes) if size > 1]
-            if not met:
+            if not met or self._moved_apart(passing, met):
                 return
             places = torch.tensor([passing.places[t] for t in met], device=passing.mean.device)
             sizes = torch.tensor([[passing.sizes[t]] for t in met]).to(passing.mean)
@@ -144,6 +144,23 @@ class StepNorm(nn.Module):
             for held, new in ((self.running_mean, mean), (self.running_var, unbiased)):
                 moved = held + factor * (new.to(held.dtype) - held)
                 held.copy_(torch.where(seen[:, None], moved, held))
+
+    def _moved_apart(self, passing: Passing, met: Sequence[int]) -> bool:
+        """`track_` where every step has a place of its own and is finite, which is most often so, in a third of the time."""
+        count = len(met)
+        if count < len(passing.sizes) or count > self.steps:
+            return False
+        if not bool(torch.isfinite((passing.mean + passing.unbiased).sum())):
+            return False
+        tracked = self.tracked[:count].add_(1)
+        if self.momentum != 0:
+            new = passing.mean.new_full((count, 1), self.momentum or 0.0)
+            factor = (
+                (1 / tracked).to(new)[:, None] if self.momentum is None else new.masked_fill_(tracked[:, None] == 1, 1)
+            )
+            self.running_mean[:count].lerp_(passing.mean, factor)
+            self.running_var[:count].lerp_(passing.unbiased, factor)
+        return True
 
     def reset_parameters(self) -> None:
         """Weight at `gain`, bias at 0, and statistics as before the first batch."""
