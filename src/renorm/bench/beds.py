@@ -59,7 +59,9 @@ def error(model: nn.Module, data: Labelled) -> float:
     model = deepcopy(model).eval().to(memory_format=torch.channels_last)
     wrong = 0
     for inputs, labels in data.batches():
-        logits = model(inputs.contiguous(memory_format=torch.channels_last))
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        logits = model(inputs)
         wrong += int((logits.argmax(1) != labels).sum())
     return 100 * wrong / len(data.labels)
 

@@ -1,40 +1,41 @@
-"""Suite `transfer`: a pretrained network on a new task with few labels, ours beside the scripts that people write."""
+"""Suite `transfer`: pretrained networks on new tasks with few labels, ours beside the scripts that people write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from time import perf_counter
+from functools import partial
+from time import perf_counter, process_time
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from renorm.bench import transfer_table
+from renorm.adapters import divided
+from renorm.bench import transfer_peers, transfer_table
 from renorm.bench.base import Cell, Row, Suite
 from renorm.bench.beds import Labelled, error
-from renorm.finetune import finetune_
-from renorm.heads import new_head_
-from renorm.models import load_model
-from renorm.sites import find_sites
+from renorm.bench.transfer_tasks import TASKS
+from renorm.events import Stepped
+from renorm.finetune import finetune_, training
+from renorm.policy import POLICIES
+from renorm.recipe import Recipe
 from renorm.split import split
 
 __all__ = ["Transfer"]
 
-TASKS = {"tinyimagenet20": 20, "pneumoniamnist": 2}  # classes
-SHARES: dict[str, tuple[float, ...]] = {"quick": (0.15,), "full": (0.05, 0.15, 0.3, 1.0)}
-EPOCHS = {"quick": 10, "full": 30}
+SHARES: dict[str, tuple[float, ...]] = {"quick": (0.15, 0.05), "full": (0.15, 0.05, 0.3, 1.0)}
+STEPS = {"quick": 100, "full": 500}  # of training at least: a small share is seen more often
+LEAST_EPOCHS = 5
 MEASURED = {"quick": 500, "full": 5000}
 BATCH = 32
-PLAIN_RATE = 1e-3  # Adam's default, as scripts leave it
+COST_STEPS = 24  # of each way within a turn
+COST_TURNS = 3
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """What a way of fine-tuning is given."""
 
     model: nn.Module
@@ -43,103 +44,120 @@ class Task:
     epochs: int
     seed: int
 
-
-def plain(task: Task, *, still: bool) -> None:
-    """A script as people write it: a new head, Adam, train(); with `still` its batch norms in eval."""
-    torch.manual_seed(task.seed)
-    new_head_(task.model, split(task.model), task.classes)
-    optimiser = torch.optim.Adam(task.model.parameters(), lr=PLAIN_RATE)
-    for _ in range(task.epochs):
-        task.model.train()
-        for site in find_sites(task.model) if still else ():
-            site.module.eval()
-        for rows in torch.split(torch.randperm(len(task.train.labels)), BATCH):
-            if len(rows) > 1:
-                optimiser.zero_grad()
-                loss = F.cross_entropy(task.model(task.train.inputs[rows]), task.train.labels[rows])
-                torch.autograd.backward(loss)
-                optimiser.step()
-    task.model.eval()
+    @property
+    def told(self) -> dict[str, Any]:
+        """The same for the scripts of others."""
+        return {"classes": self.classes, "epochs": self.epochs, "batch": BATCH, "seed": self.seed}
 
 
-def ours(task: Task, **options: Any) -> None:
+def ours(job: Job, **options: Any) -> None:
     """`finetune_` with these options, and nothing tuned by hand."""
-    names = [str(label) for label in range(task.classes)]
-    finetune_(
-        task.model, task.train.batches(BATCH), epochs=task.epochs, seed=task.seed, head="new", classes=names, **options
-    )
+    names = [str(label) for label in range(job.classes)]
+    train = job.train.batches(BATCH)
+    finetune_(job.model, train, epochs=job.epochs, seed=job.seed, head="new", classes=names, **options)
 
 
-WAYS: dict[str, Callable[[Task], None]] = {
-    "plain": lambda task: plain(task, still=False),
-    "plain, BN in eval": lambda task: plain(task, still=True),
-    "auto": lambda task: ours(task),
-    **{
-        policy: lambda task, policy=policy: ours(task, policy=policy)  # type: ignore[misc]
-        for policy in ("all", "frozen-statistics", "recalibrate-then-freeze", "affine-and-head", "head-only")
-    },
-    **{
-        f"auto + {name}": lambda task, name=name: ours(task, regularisers=name)  # type: ignore[misc]
-        for name in ("l2_sp", "delta", "bss", "co_tuning")
-    },
+Way = Callable[[Job], None]
+PEERS: dict[str, Way] = {
+    "plain": lambda job: transfer_peers.plain(job.model, job.train, **job.told, still=False),
+    "plain, BN in eval": lambda job: transfer_peers.plain(job.model, job.train, **job.told, still=True),
+    "Lightning": lambda job: transfer_peers.backbone_finetuning(job.model, job.train, **job.told),
 }
-QUICK = ("plain", "plain, BN in eval", "auto", "frozen-statistics", "affine-and-head", "head-only")
+NAMES = ("all", "frozen-statistics", "recalibrate-then-freeze", "affine-and-head", "head-only")
+WAYS: dict[str, Way] = {
+    **PEERS,
+    "auto": ours,
+    **{name: partial(ours, policy=name) for name in NAMES},
+}
 
 
 class Transfer(Suite):
-    """CIFAR-10's ResNet-20 on other tasks, by share of labels: policies, then regularisers, one factor at a time."""
+    """New tasks by share of labels: policies beside the scripts of others, one factor at a time."""
 
     name: ClassVar[str] = "transfer"
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = (
         "nets.py",
         "weights/resnet20-12fca82f.th",
-        *(f"{task}.npz" for task in TASKS),
+        "weights/mobilenet025_vww.pt",
+        *(f"{name}.npz" for name in ("tinyimagenet20", "pneumoniamnist", "pacs3", "mnist15k", "usps", "gas_drift")),
     )
 
     def cells(self) -> Iterator[Cell]:
-        for task in TASKS:
-            for share in SHARES[self.size]:
+        for share in SHARES[self.size]:
+            for task in TASKS:
                 for seed in range(self.seeds):
-                    for way in QUICK if self.size == "quick" else WAYS:
+                    for way in WAYS:
                         yield Cell.of(task=task, share=share, seed=seed, way=way)
+        for seed in range(self.seeds):
+            yield Cell.of(task="tinyimagenet20", seed=seed, way="cost")
 
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
-        train, test = _parts(self.data, cell["task"], cell["share"], cell["seed"])
-        model = load_model(
-            f"{self.data / 'nets.py'}:resnet20", checkpoint=self.data / "weights/resnet20-12fca82f.th"
-        ).to(memory_format=torch.channels_last)
-        task = Task(model, train, TASKS[cell["task"]], EPOCHS[self.size], cell["seed"])
+        task = TASKS[cell["task"]]
+        train, test = task.target(self.data)
+        if cell["way"] == "cost":
+            return _cost(partial(task.source, self.data), train, cell["seed"])
+        train = _share(train, cell["share"], cell["seed"])
+        classes = int(test.labels.max()) + 1
+        batches = -(-len(train.labels) // BATCH)
+        epochs = max(LEAST_EPOCHS, -(-STEPS[self.size] // batches))
+        job = Job(task.source(self.data), train, classes, epochs, cell["seed"])
         start = perf_counter()
-        WAYS[cell["way"]](task)
+        WAYS[cell["way"]](job)
         seconds = perf_counter() - start
         measured = test.first(MEASURED[self.size])
-        return {"error": error(model, measured), "labels": len(train.labels), "training_seconds": seconds}
+        found = {"error": error(job.model, measured), "labels": len(train.labels), "training_seconds": seconds}
+        return found | (_sizes(job.model) if cell["way"] == "affine-and-head" else {})
 
     def table(self, rows: Sequence[Row]) -> str:
         return transfer_table.table(rows)
 
 
-def _parts(data: Path, task: str, share: float, seed: int) -> tuple[Labelled, Labelled]:
-    """Training images, `share` of each class drawn by `seed`, and all test images."""
-    images, labels, test_images, test_labels = _arrays(data / f"{task}.npz")
+def _share(train: Labelled, share: float, seed: int) -> Labelled:
+    """`share` of the samples of each class, at least two, drawn by `seed`."""
     generator = np.random.default_rng(seed)
-    chosen = [generator.permutation(np.flatnonzero(labels == c)) for c in range(TASKS[task])]
+    labels = train.labels.numpy()
+    chosen = [generator.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     kept = generator.permutation(np.concatenate([c[: max(2, round(share * len(c)))] for c in chosen]))
-    return _ready(images[kept], labels[kept]), _ready(test_images, test_labels)
+    return Labelled(train.inputs[kept], train.labels[kept])
 
 
-def _ready(images: Any, labels: Any) -> Labelled:
-    mean, deviation = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    colour = np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
-    inputs = torch.from_numpy(colour).permute(0, 3, 1, 2).float() / 255
-    inputs = ((inputs - mean) / deviation).contiguous(memory_format=torch.channels_last)
-    return Labelled(inputs, torch.from_numpy(labels.astype(np.int64).reshape(-1)))
+def _sizes(model: nn.Module) -> dict[str, float]:
+    """Numbers in the norm part of an adapter, and in the whole checkpoint."""
+    parts = split(model)
+    own, base = divided(model, parts)
+    norm = sum(tensor.numel() for name, tensor in own.items() if not parts.is_head(name))
+    return {"norm_numbers": norm, "numbers": sum(tensor.numel() for tensor in (*own.values(), *base.values()))}
 
 
-@lru_cache(maxsize=2)
-def _arrays(path: Path) -> tuple[Any, Any, Any, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        # the order of a test set may follow its classes, and a quick run measures a part of it
-        order = np.random.default_rng(0).permutation(len(file["labels_test"]))
-        return file["images"], file["labels"].reshape(-1), file["images_test"][order], file["labels_test"][order]
+def _cost(source: Callable[[], nn.Module], train: Labelled, seed: int) -> dict[str, float]:
+    """Processor seconds of a step of a plain loop and of ours, the same optimiser in both; the least of a few turns."""
+    seconds = {"plain": float("inf"), "ours": float("inf")}
+    batches = train.first(BATCH * (COST_STEPS + 1)).batches(BATCH)
+    for _ in range(COST_TURNS):
+        for way, run in (("plain", _plain_steps), ("ours", _our_steps)):
+            marks = run(source(), batches, seed)
+            seconds[way] = min(seconds[way], (marks[-1] - marks[0]) / (len(marks) - 1))
+    return seconds
+
+
+def _plain_steps(model: nn.Module, batches: list[Any], seed: int) -> list[float]:
+    torch.manual_seed(seed)
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters())
+    marks = []
+    for inputs, labels in batches:
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), labels % 10)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        loss.item()
+        marks.append(process_time())
+    return marks
+
+
+def _our_steps(model: nn.Module, batches: list[Any], seed: int) -> list[float]:
+    told = [(inputs, labels % 10) for inputs, labels in batches]
+    recipe = Recipe(policy=POLICIES["all"], head="keep", epochs=1, seed=seed)
+    return [process_time() for event in training(model, told, None, recipe) if isinstance(event, Stepped)]
