@@ -43,6 +43,7 @@ ROOMS = (
         "fold",
         "export",
         "adapters",
+        "serve",
         "tally",
         "loop",
     ),
@@ -93,7 +94,7 @@ PUBLIC = (
     ),
     *("Freeze", "Policy", "Split"),
     *("Folded", "Exported"),
-    *("finetune_", "FineTuned", "save_adapter", "load_adapter_", "Adapter"),
+    *("finetune_", "FineTuned", "save_adapter", "load_adapter_", "Adapter", "serve_adapters", "Served"),
     *("Watch", "RenormError", "BatchError", "NoBatchNorm"),
 )
 

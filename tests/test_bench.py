@@ -428,13 +428,43 @@ def test_the_table_of_transfer_computes_its_verdicts() -> None:
 
 
 @pytest.mark.slow
-def test_a_cell_of_transfer_learns_a_new_task(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["plain", "plain, BN in eval", "Lightning", "auto", "affine-and-head"])
+def test_a_cell_of_transfer_learns_a_new_task(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from renorm.bench import transfer
 
-    monkeypatch.setitem(transfer.EPOCHS, "quick", 1)
-    monkeypatch.setitem(transfer.MEASURED, "quick", 64)
-    monkeypatch.setitem(transfer.SHARES, "quick", (0.01,))
+    if way == "Lightning":
+        pytest.importorskip("lightning")
+    monkeypatch.setitem(transfer.STEPS, "quick", 10)
     suite = catalogue()["transfer"](data=shared("nets.py").parent)
-    for way in transfer.QUICK:
-        cell = Cell.of(task="pneumoniamnist", share=0.01, seed=0, way=way)
-        assert 0 < suite.run_cell(cell)["error"] < 100
+    values = suite.run_cell(Cell.of(task="gas batch 5", share=0.15, seed=0, way=way))
+    assert 0 <= values["error"] < 60
+    assert values["labels"] == 16
+    assert ("norm_numbers" in values) == (way == "affine-and-head")
+
+
+def test_the_cost_of_the_loop_is_measured_beside_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from renorm.bench import transfer
+
+    monkeypatch.setattr(transfer, "COST_STEPS", 3)
+    monkeypatch.setattr(transfer, "COST_TURNS", 1)
+    suite = catalogue()["transfer"](data=shared("nets.py").parent)
+    values = suite.run_cell(Cell.of(task="gas batch 5", seed=0, way="cost"))
+    assert 0 < values["plain"] < 1
+    assert 0 < values["ours"] < 1
+
+
+def test_sixteen_domains_are_served_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    from renorm.bench import serve
+
+    monkeypatch.setitem(serve.NETWORKS["quick"], "resnet18", 32)
+    monkeypatch.setitem(serve.TURNS, "quick", 1)
+    monkeypatch.setattr(serve, "DOMAINS", 2)
+    suite = catalogue()["serve"](data=Path())
+    rows = [
+        Row(cell, suite.run_cell(cell))
+        for cell in suite.cells()
+        if (cell["on"], cell["layout"], cell["seed"]) == ("resnet18", "channels last", 0)
+    ]
+    assert all(row.values["apart"] < 1e-5 for row in rows)
+    assert "| resnet18 | channels last |" in suite.table(rows)

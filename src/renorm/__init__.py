@@ -38,6 +38,8 @@ from renorm.profile import profile as profile
 from renorm.recalibrate import Adaptation as Adaptation
 from renorm.recalibrate import recalibrate_ as recalibrate_
 from renorm.report import notebook as _notebook  # noqa: F401 (registers the faces of results)
+from renorm.serve import Served as Served
+from renorm.serve import serve_adapters as serve_adapters
 from renorm.shift import Shift as Shift
 from renorm.sites import Site as Site
 from renorm.sites import find_sites as find_sites
@@ -71,6 +73,7 @@ __all__ = [
     "Profile",
     "RenormError",
     "Score",
+    "Served",
     "Shift",
     "Site",
     "Split",
@@ -96,6 +99,7 @@ __all__ = [
     "profile",
     "recalibrate_",
     "save_adapter",
+    "serve_adapters",
     "split",
     "unfreeze_",
     "verify",

@@ -27,6 +27,7 @@ class Adapter:
     """What `load_adapter_` put into a model, and the way back.
 
     names    the tensors that were written, by name in the model
+    head     the modules that are its head; all other tensors written are those of norm layers
     outputs  of the adapter's head; None where the model has no head
     classes  the names of its classes, where the file has them
     origin   where the adapter came from, as `save_adapter` stored it
@@ -34,6 +35,7 @@ class Adapter:
 
     path: str
     names: tuple[str, ...]
+    head: tuple[str, ...]
     outputs: int | None
     classes: tuple[str, ...] | None
     origin: Mapping[str, Any]
@@ -123,12 +125,18 @@ def load_adapter_(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
     return Adapter(
         path=str(path),
         names=tuple(tensors),
+        head=parts.head,
         outputs=outputs,
         classes=tuple(classes) if classes else None,
         origin=json.loads(told["provenance"]),
         undo=undo,
         new_head=placed,
     )
+
+
+def head_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The modules that are the head of an adapter's model. Raises CheckpointError for a file that is no adapter."""
+    return tuple(json.loads(_read(path)[1]["head"]))
 
 
 def divided(model: nn.Module, parts: Split) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

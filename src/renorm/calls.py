@@ -83,7 +83,7 @@ class Caller:
         except Exception as error:
             error.add_note(f"renorm: the model met this in batch {index}, whose inputs are {_shapes(moved)}.")
             raise
-        return Result(output, self._logits(output), call.labels, call.samples)
+        return Result(output, self.find(output), call.labels, call.samples)
 
     def logits(self, result: Result, *, asked: str) -> Tensor:
         """The result's logits. Raises UsageError, saying who `asked` and what the model gave, where there are none."""
@@ -107,7 +107,8 @@ class Caller:
 
         return map_tensors(move, value)
 
-    def _logits(self, output: Any) -> Tensor | None:
+    def find(self, output: Any) -> Tensor | None:
+        """The logits in a model's output; None where nothing says which part they are."""
         if callable(self.output):
             return _as_tensor(self.output(output))
         if self.output is not None:

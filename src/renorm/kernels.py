@@ -73,6 +73,20 @@ def from_images(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
+def affine_by_image(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x · scale + shift` with a row of each for every image, in the dtype of `x`, by the kernel that suits its layout.
+
+    Shapes: x (N, C, *), scale and shift (N, C) → (N, C, *).
+    """
+    if x.dim() > 2 and x.is_contiguous() and not torch.compiler.is_compiling():
+        ones = torch.ones_like(scale).flatten()
+        y = F.batch_norm(by_image(x), torch.zeros_like(ones), ones, scale.flatten(), shift.flatten(), False, 0.0, 0.0)
+        return y.view(x.shape)
+    # in one pass where channels come last; batch norm's kernel would want a copy first
+    rows = (*scale.shape, *[1] * (x.dim() - 2))
+    return torch.addcmul(shift.view(rows), x, scale.view(rows)).to(x.dtype)
+
+
 def pooled(mean: Tensor, var: Tensor, groups: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance of each group of images, from those of the images, which hold equally many positions.
 

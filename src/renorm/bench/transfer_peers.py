@@ -42,9 +42,7 @@ def plain(model: nn.Module, train: Labelled, *, classes: int, epochs: int, batch
     model.eval()
 
 
-def backbone_finetuning(
-    model: nn.Module, train: Labelled, *, classes: int, epochs: int, batch: int, seed: int
-) -> None:
+def backbone_finetuning(model: nn.Module, train: Labelled, *, classes: int, epochs: int, batch: int, seed: int) -> None:
     """Lightning's `BackboneFinetuning`: the head first, from a third of the epochs on the backbone at rising rates.
 
     Its own defaults otherwise: batch norms train while the backbone is frozen, the rate doubles each epoch from a tenth.
