@@ -190,6 +190,9 @@ class _Mapped(_PerSample):
 class _Heads(nn.Module):
     """The heads of all domains; where they differ in outputs the missing ones are −inf, until `Served` leaves them out."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, heads: Sequence[nn.Module], outputs: Sequence[int | None], current: Domains) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
@@ -219,7 +222,7 @@ class _Heads(nn.Module):
             rows = x.reshape(len(ids), -1, x.shape[-1])
             y = rows @ self.weight[ids].transpose(1, 2).to(x.dtype) + self.bias[ids][:, None].to(x.dtype)
             return y.view(*x.shape[:-1], -1)
-        parts = {place: ids == place for place in ids.unique().tolist()}
+        parts = {place: ids == place for place in torch.unique(ids).tolist()}
         made = {place: self._filled(self.heads[place](x[own]), -torch.inf, self.across) for place, own in parts.items()}
         y = next(iter(made.values()))
         y = y.new_empty((len(ids), *y.shape[1:]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,7 +61,7 @@ class Serve(Suite):
         side = NETWORKS[self.size][cell["on"]]
         images = torch.randn(DOMAINS, 3, side, side)
         if cell["layout"] == "channels last":
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
             images = images.contiguous(memory_format=torch.channels_last)
         with TemporaryDirectory() as folder, torch.no_grad():
             return _measured(model, images, _adapters(model, Path(folder)), turns=TURNS[self.size])
@@ -113,7 +113,7 @@ def _measured(model: nn.Module, images: Tensor, files: Mapping[str, Path], *, tu
         adapter = load_adapter_(model, path)
         apart = max(apart, float((model(image[None])[0] - answer).abs().max()))
         adapter.restore_()
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "base": lambda: model(images),
         "one": lambda: served(images, domains=torch.zeros_like(every)),
         "domains": lambda: served(images, domains=every),

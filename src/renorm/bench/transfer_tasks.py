@@ -39,7 +39,7 @@ class Task:
 
 
 def _by_others(data: Path, *, factory: str, weights: str) -> nn.Module:
-    return deepcopy(_loaded(data, factory, weights)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return deepcopy(_loaded(data, factory, weights)).to(memory_format=torch.channels_last)
 
 
 @lru_cache(maxsize=2)
@@ -121,7 +121,7 @@ def _gas_net(data: Path) -> nn.Module:
 def _gas(data: Path, *, batch: str) -> tuple[Labelled, Labelled]:
     """One later batch of gas measurements, its gases numbered without gaps: half to train on."""
     x, labels = gas(data, 0)[2][batch]
-    labels = labels.unique(return_inverse=True)[1]
+    labels = torch.unique(labels, return_inverse=True)[1]
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
     whole = Labelled(x[order].float(), labels[order])
     return whole.first(len(order) // 2), whole.after(len(order) // 2)
