@@ -31,7 +31,20 @@ ROOMS = (
     # model + batches
     *("calls", "files", "provenance", "observation", "observe"),
     *("evaluate", "verify", "trust", "checkpoints", "profile", "guard"),
-    *("methods", "recalibrate", "regularisers", "feed", "heads", "choices", "recipe", "runs", "events", "session"),
+    *(
+        "methods",
+        "recalibrate",
+        "regularisers",
+        "feed",
+        "heads",
+        "few",
+        "choices",
+        "recipe",
+        "runs",
+        "joint",
+        "events",
+        "session",
+    ),
     *(
         "finetune",
         "lean",

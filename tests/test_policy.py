@@ -53,6 +53,7 @@ HEAD, REST = {"8.weight", "8.bias"}, {"0.weight", "0.bias", "3.weight", "3.bias"
         ("affine-and-head", STATISTICS | AFFINE | HEAD),
         ("last-only", {"4", "4.weight", "4.bias"} | HEAD),
         ("head-only", HEAD),
+        ("few-labels", HEAD),
     ],
 )
 def test_training_moves_what_the_preset_says_and_no_more(model: nn.Module, name: str, wanted: set[str]) -> None:

@@ -15,12 +15,17 @@ from torch import Tensor, nn
 import renorm.regularisers
 from renorm.calls import Caller
 from renorm.errors import UsageError
-from renorm.finetune import finetune_
+from renorm.events import Epoch, Finished, Stepped
+from renorm.finetune import finetune_, training
 from renorm.heads import new_head_
-from renorm.regularisers import BSS, L2SP, CoTuning, Delta
+from renorm.layers import Shrink as ShrinkLayer
+from renorm.layers import Stochastic
+from renorm.recipe import Recipe
+from renorm.regularisers import BSS, L2SP, CoTuning, Delta, Shrink, StochNorm
 from renorm.regularisers.base import Penalty, Regulariser, Start, Step, build, catalogue
 from renorm.session import values_of
 from renorm.split import split
+from tests.contracts.photograph import differences, photograph
 from tests.reference import regularisers as twin
 from tests.test_finetune import data, net, weights
 
@@ -154,7 +159,11 @@ def test_each_keeps_a_run_nearer_and_leaves_no_hooks(name: str) -> None:
         "delta": Delta(weight=3.0, probes=2),
         "bss": BSS(eta=0.1, k=2),
         "co_tuning": CoTuning(),
+        "stochnorm": StochNorm(p=0.2),
+        "shrink": Shrink(noise=50.0),
     }
+    if strong[name].layer:
+        options["policy"] = "all"
     finetune_(model, data(), regularisers=[strong[name]], **options)
     finetune_(plain, data(), weight_decay=0.0 if name == "l2_sp" else 0.01, regularisers=(), **options)
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
@@ -171,10 +180,12 @@ def test_each_keeps_a_run_nearer_and_leaves_no_hooks(name: str) -> None:
 def test_they_combine_and_are_named() -> None:
     assert [each.name for each in build(["l2_sp", BSS(k=2)])] == ["l2_sp", "bss"]
     assert build("delta") == (Delta(),)
-    assert finetune_(net(), data(), regularisers=sorted(catalogue()), epochs=1, head="new").steps == 5
+    for one in ("stochnorm", "shrink"):
+        others = [name for name, kind in catalogue().items() if not kind.layer]
+        assert finetune_(net(), data(), regularisers=[one, *others], epochs=1, head="new", policy="all").steps == 5
     for kind in catalogue().values():
         assert getattr(renorm.regularisers, kind.__name__) is kind
-        assert kind.cites.startswith("@inproceedings{")
+        assert kind.cites.startswith("@inproceedings{") or kind is Shrink  # ours
     with pytest.raises(AttributeError, match=r"'renorm\.regularisers' has no attribute 'Nothing'"):
         _ = renorm.regularisers.Nothing
 
@@ -186,6 +197,9 @@ def test_they_combine_and_are_named() -> None:
         (lambda: L2SP(beta=float("nan")), "beta of l2_sp"),
         (lambda: BSS(k=0), "k of bss is a number of singular values, 1 or more; got 0"),
         (lambda: Delta(probes=0), "probes of delta is a number of batches, 1 or more"),
+        (lambda: StochNorm(p=1.5), r"p of stochnorm is a probability, in \[0, 1\]; got 1.5"),
+        (lambda: Shrink(floor=2.0), r"floor of shrink is a share, in \[0, 1\]; got 2.0"),
+        (lambda: Shrink(noise=-1.0), "noise of shrink is a number of at least 0"),
         (lambda: CoTuning(weight=float("inf")), "weight of co_tuning"),
     ],
 )
@@ -194,7 +208,45 @@ def test_options_are_checked(make: Any, words: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(("name", "kind"), [("stochnorm", Stochastic), ("shrink", ShrinkLayer)])
+def test_layers_stand_in_while_training_and_batch_norms_hold_what_they_learnt(name: str, kind: type) -> None:
+    model = net()
+    norms, before = (model[1], model[4]), photograph(model)
+    options: dict[str, Any] = {"epochs": 2, "lr": 0.02, "head": "keep", "policy": "all"}
+    for event in training(model, data(), data(seed=1), Recipe(regularisers=build(name), **options)):
+        if isinstance(event, Stepped | Epoch):
+            assert [type(model[i]) for i in (1, 4)] == [kind, kind]
+        elif isinstance(event, Finished):
+            result = event.result
+    assert (model[1], model[4]) == norms
+    assert {"1.weight", "1.running_mean", "4.bias"} <= set(result.moved)
+    twin = net()
+    finetune_(twin, data(), **options)
+    assert not torch.equal(twin[1].weight, model[1].weight)
+    torch.testing.assert_close(model[1].running_mean, _mean_in(model, 1), rtol=1e-4, atol=1e-5)
+    result.restore_()
+    assert differences(before, photograph(model)) == []
+
+
+def _mean_in(model: nn.Sequential, place: int) -> Tensor:
+    with torch.no_grad():
+        return model[:place](torch.cat([x for x, _ in data()])).mean((0, 2, 3))
+
+
+def test_a_failure_while_layers_stand_in_gives_the_batch_norms_back() -> None:
+    model = net()
+    before = photograph(model)
+    broken = [*data(), (torch.zeros(8, 5, 8, 8), torch.zeros(8, dtype=torch.long))]
+    with pytest.raises(RuntimeError, match="expected input"):
+        finetune_(model, broken, regularisers="shrink", policy="all", head="keep")
+    assert differences(before, photograph(model)) == []
+
+
 def test_what_they_cannot_do_is_refused() -> None:
+    with pytest.raises(UsageError, match="stochnorm and shrink both train through a layer of their own"):
+        finetune_(net(), data(), regularisers=["stochnorm", "shrink"], policy="all")
+    with pytest.raises(UsageError, match="shrink changes how batch norms normalise whose statistics move"):
+        finetune_(net(), data(), regularisers="shrink", policy="frozen-statistics")
     with pytest.raises(UsageError, match="co_tuning relates old classes to new ones, and the head was kept"):
         finetune_(net(), data(), regularisers="co_tuning", head="keep")
     with pytest.raises(UsageError, match="co_tuning reads the training data once beforehand"):

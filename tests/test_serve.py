@@ -212,8 +212,8 @@ def test_weights_are_shared_and_the_model_is_what_it_was(tmp_path: Path) -> None
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
     adapters, x = files(net, tmp_path), torch.randn(2, 3, 8, 8)
     together = serve_adapters(net(), adapters)
-    with pytest.raises(UnknownName, match=r"no domain called 'noth'.*'north'|noth"):
-        together(x, domains=["north", "noth"])
+    with pytest.raises(UnknownName, match="west"):
+        together(x, domains=["north", "west"])
     with pytest.raises(BatchError, match="a batch of 2 samples came with 1 domains"):
         together(x, domains=["north"])
     with pytest.raises(BatchError, match="a batch of 0 samples came with 0 domains"):

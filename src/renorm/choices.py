@@ -19,8 +19,9 @@ from renorm.shift import Shift
 from renorm.sites import find_sites, parameters_of
 from renorm.state import evaluating, preserving
 
-# FEW, SMALL and FAR are rules of thumb; the rates were tried on the suite `transfer` of `renorm bench`.
-FEW = 10  # labels per class; below it a head on fixed features is all that they can teach
+# SMALL and FAR are rules of thumb; FEW and the rates were set on the suite `transfer` of `renorm bench`: with 10 to 58
+# samples a head on fixed features won, with 100 and more (5 per class) it lost to training everything.
+FEW = 64  # samples in all
 SMALL = 16  # samples in a batch; below it a batch's own statistics are too noisy to normalise by
 FAR = 0.5  # source standard deviations, mean over sites; clean data of the source itself lie at about 0.2
 RATE = 3e-3  # of AdamW, at batches of 64, for nets with batch norm
@@ -30,13 +31,6 @@ NORMLESS = 1e-4  # without batch norm a rate is not made good by the next normal
 
 ASKED = say("asked for")
 NETS = (say("batch norm nets up to a million weights"), say("batch norm nets above a million weights"))
-
-HEAD_ON_TARGET = Policy(
-    name="recalibrate-then-head",
-    statistics="target",
-    trains=frozenset({"head"}),
-    suits="a few labels per class: a new head on features that fit the target",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +44,7 @@ class Facts:
     outputs   how many outputs the model has; None where its last layer does not tell
     right     share of samples of the first batches that the model, as it came, gets right; None without class labels
     weights   how many parameters it has
+    linear    whether one linear layer gives all outputs, so that a head can be solved
     shift     distance of the target's moments from the statistics held, in source sd, mean over sites; None without sites
     """
 
@@ -61,6 +56,7 @@ class Facts:
     right: float | None
     weights: int
     shift: float | None
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,13 @@ class Choice:
 
 
 def measure(
-    model: nn.Module, labels: Labels, outputs: int | None, names: Sequence[str] | None, *, caller: Caller
+    model: nn.Module,
+    labels: Labels,
+    outputs: int | None,
+    names: Sequence[str] | None,
+    *,
+    caller: Caller,
+    linear: bool = False,
 ) -> Facts:
     """The facts; the model stays as it was.
 
@@ -99,6 +101,7 @@ def measure(
         right=_right(model, labels.first, caller) if counts is not None else None,
         weights=sum(p.numel() for p in parameters_of(model).values()),
         shift=_shift(model, labels.first, caller),
+        linear=linear,
     )
 
 
@@ -154,12 +157,14 @@ def _head(facts: Facts, names: Sequence[str] | None, own: Sequence[str] | None) 
     return Choice("keep" if known else "new", why)
 
 
-def choose_policy(asked: str | Policy, facts: Facts) -> Choice:
-    """A policy. "auto" goes by labels per class, then batch size, then shift; see the docs for the rule and its table.
+def choose_policy(asked: str | Policy, facts: Facts, *, steps: bool = False) -> Choice:
+    """A policy. "auto" goes by how many labels there are, then batch size, then shift; the docs have the table.
+
+    With `steps` "auto" is one that takes steps of training.
 
     Raises UnknownName for another name, BatchError where batches of one would have to normalise themselves.
     """
-    choice = Choice(preset(asked), ASKED) if asked != "auto" else _policy(facts)
+    choice = Choice(preset(asked), ASKED) if asked != "auto" else _policy(facts, steps=steps)
     if choice.value.statistics == "moving" and facts.batch == 1 and facts.shift is not None:
         raise BatchError(
             f"the policy {choice.value.name!r} normalises by the batch, and batches hold one sample each; give larger "
@@ -168,23 +173,15 @@ def choose_policy(asked: str | Policy, facts: Facts) -> Choice:
     return choice
 
 
-def _policy(facts: Facts) -> Choice:
-    each = None if facts.samples is None or not facts.present else facts.samples / facts.present
-    few = each is not None and each < FEW
+def _policy(facts: Facts, *, steps: bool) -> Choice:
+    if not steps and facts.samples is not None and facts.samples < FEW and facts.present:
+        why = say("{samples} labels in all", samples=facts.samples)
+        return Choice(preset("few-labels" if facts.linear and facts.right is not None else "head-only"), why)
     if facts.shift is None:
-        if few:
-            return Choice(
-                preset("head-only"),
-                say("no layer holds statistics, and there are {each:.0f} labels per class", each=each),
-            )
         return Choice(preset("all"), say("no layer holds statistics"))
-    far = facts.shift > FAR
-    if few:
-        why = say("{each:.0f} labels per class, statistics {shift:.2f} source sd away", each=each, shift=facts.shift)
-        return Choice(HEAD_ON_TARGET if far else preset("head-only"), why)
     seen = say("batches of {batch}, statistics {shift:.2f} source sd away", batch=facts.batch, shift=facts.shift)
     if facts.batch < SMALL:
-        return Choice(preset("recalibrate-then-freeze" if far else "frozen-statistics"), seen)
+        return Choice(preset("recalibrate-then-freeze" if facts.shift > FAR else "frozen-statistics"), seen)
     return Choice(preset("all"), seen)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from time import monotonic
 from typing import Any, Literal
 
@@ -17,12 +18,26 @@ from renorm.errors import Diverged
 from renorm.evaluate import Metric, Score, evaluate
 from renorm.events import Epoch, Event, FineTuned, Finished, Stepped
 from renorm.feed import Feed
+from renorm.few import solve_
+from renorm.joint import Alone, Joint
 from renorm.policy import Policy
 from renorm.provenance import fingerprint
 from renorm.recalibrate import recalibrate_
 from renorm.recipe import Loss, Optimiser, Recipe
 from renorm.regularisers.base import Regulariser, Step, build
-from renorm.session import Place, Still, accelerator_for, kept, moving_sites, optimiser_for, penalties, planned, run_for
+from renorm.session import (
+    Place,
+    Plan,
+    Still,
+    accelerator_for,
+    kept,
+    layers_in,
+    moving_sites,
+    optimiser_for,
+    penalties,
+    planned,
+    run_for,
+)
 from renorm.sites import unwrap, walk
 from renorm.state import own_randomness, preserving
 
@@ -53,6 +68,9 @@ def finetune_(
     depth_decay: float = 1.0,
     gradual: bool = False,
     clip: float | None = 1.0,
+    target: Iterable[Any] | None = None,
+    joint: Literal["transferable", "per_domain"] = "transferable",
+    target_weight: float = 0.1,
     run: str | os.PathLike[str] | None = None,
     save_every: int | None = None,
     accelerator: Any = None,
@@ -64,7 +82,7 @@ def finetune_(
 ) -> FineTuned:
     """Train `model` on the labelled batches of `train`, moving what `policy` lets move, and leave it in evaluation.
 
-    policy        a name or `Policy`; "auto" chooses by labels per class, batch size and shift (docs/finetune.md)
+    policy        a name or `Policy`; "auto" chooses by the number of labels, batch size and shift (docs/finetune.md)
     regularisers  names of the catalogue, or instances with options of their own; their penalties are added to the loss
     lr            the highest rate, of the features' last stage; a new head has three times that. "auto" says why
     head          "keep", "new", or "auto": new unless the label names (`classes`, or what `train` says) are the model's
@@ -74,6 +92,9 @@ def finetune_(
     depth_decay   the rate falls by this factor from one stage of features to the one before it
     gradual       train the head first, then one stage after another from the last on, all from half the epochs on
     clip          the largest norm of a gradient; None: as it is
+    target        unlabelled batches of the domain that the model is for: each step trains on the labels of `train` and lowers
+                  the entropy of the answers on `target`, by `target_weight`; the domains are told apart by the layer `joint`
+                  at each batch norm. Without val, a target that has labels is scored on them, never trained
     run           a folder for checkpoints; where it holds one of this very run, training goes on from there to the same result
     save_every    steps from one checkpoint to the next; None: after each epoch and each minute
     accelerator   your own `accelerate.Accelerator`: mixed precision, accumulation; by default one as `accelerate launch` says
@@ -102,6 +123,9 @@ def finetune_(
         depth_decay=depth_decay,
         gradual=gradual,
         clip=clip,
+        target=target,
+        joint=joint,
+        target_weight=target_weight,
         run=run,
         save_every=save_every,
         accelerator=accelerator,
@@ -128,20 +152,31 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
         origin = fingerprint(model) if recipe.run is not None else ""
         plan = planned(model, feed, recipe, source)
         run = run_for(plan, recipe, origin, writes=accelerator.is_main_process)
+        opened.callback(run.close)
         still = Still(model, plan, recipe)
         opened.callback(still.let_go)
+        still.hold(epoch=recipe.epochs)
+        moved = still.moving()
+        layers_in(model, recipe, still, opened)
+        saved = run.load()
+        beside = Alone(recipe)
+        if recipe.target is not None:
+            still.let_go()
+            taken = saved.state["taken"] if saved else 0
+            beside = Joint(model, feed, recipe, moved, taken, opened)
+            opened.callback(still.let_go)
+            val = beside.scored(val)
         still.hold(epoch=recipe.epochs)
         optimiser = accelerator.prepare_optimizer(optimiser_for(model, plan, recipe, source))
         terms = penalties(model, plan, recipe, feed, source, opened)
         peaks = [group["lr"] for group in optimiser.param_groups]
-        opened.callback(run.close)
-        place = Place.resumed(run.load(), model, optimiser, feed)
+        place = Place.resumed(saved, model, optimiser, feed)
         if place == Place() and plan.policy.value.statistics == "target":
-            _re_estimate(model, feed, recipe, still.held(), exactly=False)
+            plan = _fitted(model, feed, recipe, plan, still)
         yield plan.started(place)
 
         last = monotonic()
-        for epoch in range(place.epoch, recipe.epochs):
+        for epoch in range(place.epoch, plan.epochs):
             still.hold(epoch=epoch)
             model.train()
             began, position = monotonic(), feed.position()
@@ -149,8 +184,9 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
                 rate = _set_rates(optimiser, peaks, place.taken, plan.steps)
                 with accelerator.accumulate(model):
                     with accelerator.autocast():
-                        result = recipe.caller.run(model, batch, index=place.batch)
-                        loss = sum((term(Step(batch, result)) for term in terms), recipe.loss_of(result))
+                        result = beside.caller.run(model, batch, index=place.batch)
+                        loss = recipe.loss_of(result) + beside.penalty()
+                        loss = sum((term(Step(batch, result)) for term in terms), loss)
                     accelerator.backward(loss)
                     value = loss.item()
                     if not math.isfinite(value):
@@ -166,15 +202,15 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
                     if _due(recipe, place, monotonic() - last):
                         run.save(place.saved(model, optimiser, position))
                         last = monotonic()
-            score = _validated(model, val, feed, recipe, still, place)
+            beside.rest()
+            score = _validated(model, val, None if beside.feed else feed, recipe, still, place)
             seconds = monotonic() - began
             place = place.next_epoch(Epoch(epoch=epoch, loss=place.mean, score=score, lr=rate, seconds=seconds))
             run.save(place.saved(model, optimiser, feed.position()))
             yield place.history[-1]
 
-        moved = still.moving()
         opened.close()
-        _re_estimate(model, feed, recipe, moved, exactly=True)
+        _re_estimate(model, beside.feed or feed, recipe, moved, exactly=True)
         model.eval()
         score = None if val is None else _scored(model, val, recipe)
         finished = Finished(result=plan.result(place, score, source))
@@ -220,15 +256,26 @@ def _re_estimate(model: nn.Module, feed: Feed, recipe: Recipe, names: Sequence[s
         recalibrate_(model, batches, prior=prior, include=names, **vars(recipe.caller)).undo.close()
 
 
+def _fitted(model: nn.Module, feed: Feed, recipe: Recipe, plan: Plan, still: Still) -> Plan:
+    """Before the first step: the target's statistics, and for a policy that solves its head all there is to do."""
+    if not plan.policy.value.solves:
+        _re_estimate(model, feed, recipe, still.held(), exactly=False)
+        return plan
+    whole = replace(feed, rank=0, world=1)  # every process solves the same
+    new = plan.head.value == "new"
+    solved = solve_(model, whole.epoch(0), plan.parts, new=new, seed=recipe.seed, caller=recipe.caller)
+    return plan.with_solved(solved)
+
+
 def _validated(
-    model: nn.Module, val: Iterable[Any] | None, feed: Feed, recipe: Recipe, still: Still, place: Place
+    model: nn.Module, val: Iterable[Any] | None, feed: Feed | None, recipe: Recipe, still: Still, place: Place
 ) -> Score | None:
-    """The score on val, under re-estimated statistics where too few batches have moved those that stand."""
+    """The score on val, under statistics re-estimated on `feed` where too few batches have moved those that stand."""
     if val is None:
         return None
-    moving = still.moving()
+    moving = still.moving() if feed is not None else []
     slow = [s for s in moving_sites(model, moving) if s.momentum and (1 - s.momentum) ** place.taken > STALE]
-    if not slow or feed.once:
+    if feed is None or not slow or feed.once:
         return _scored(model, val, recipe)
     own = vars(recipe.caller)
     adaptation = recalibrate_(model, feed.epoch(recipe.epochs), prior=0, include=moving, **own)

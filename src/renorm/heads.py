@@ -67,6 +67,11 @@ def outputs_of(model: nn.Module, parts: Split) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def last_layer(model: nn.Module, parts: Split) -> str | None:
+    """The name of the one layer that gives the outputs; None where there is no head, or several."""
+    return _last(dict(walk(unwrap(model))), parts.head[0]) if len(parts.head) == 1 else None
+
+
 def _last(modules: dict[str, nn.Module], name: str) -> str:
     """The last layer with weights of its own at or below `name`."""
     below = [n for n in modules if n == name or n.startswith(f"{name}.")]

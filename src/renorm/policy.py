@@ -26,6 +26,8 @@ class Policy:
                 likewise, after `recalibrate_` gave them the target's (a policy sees no data, so the caller does that)
     trains      the parts that get gradients: "affine" (of every norm layer outside the head), "head", "rest"
     last        only the last norm layer with statistics moves and trains; all the others are held
+    solves      `finetune_` takes no step: it holds the blend of source and target statistics that suits the labels best, and
+                solves a new head on the features (a logistic regression)
     suits       when to take it, in a line
     """
 
@@ -33,6 +35,7 @@ class Policy:
     statistics: Literal["moving", "source", "target"]
     trains: frozenset[Part]
     last: bool = False
+    solves: bool = False
     suits: str = ""
 
     def __post_init__(self) -> None:
@@ -78,7 +81,16 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
                 last=True,
                 suits="another resolution (FixRes, Touvron et al. 2019)",
             ),
-            _preset("head-only", "source", "head", suits="very few labels: a new head on fixed features"),
+            _preset(
+                "head-only", "source", "head", suits="few labels, a target near the source: a head on fixed features"
+            ),
+            Policy(
+                name="few-labels",
+                statistics="target",
+                trains=frozenset({"head"}),
+                solves=True,
+                suits="one to ten labels per class: no step is taken, the head is solved",
+            ),
         )
     }
 )
@@ -152,6 +164,8 @@ def presets_table() -> str:
     for policy in POLICIES.values():
         cells = ["trained" if part in policy.trains else "fixed" for part in PARTS]
         statistics: str = {"moving": "moving", "source": "fixed", "target": "fixed, the target's"}[policy.statistics]
+        if policy.solves:
+            statistics, cells[1] = "fixed, a blend by the labels", "solved"
         if policy.last:
             statistics, cells[0] = "moving in the last, else fixed", "trained in the last, else fixed"
         lines.append(f"| `{policy.name}` | {statistics} | {' | '.join(cells)} | {policy.suits} |")

@@ -44,6 +44,9 @@ class Recipe:
     depth_decay: float = 1.0
     gradual: bool = False
     clip: float | None = 1.0
+    target: Iterable[Any] | None = None
+    joint: str = "transferable"
+    target_weight: float = 0.1
     run: str | os.PathLike[str] | None = None
     save_every: int | None = None
     accelerator: Any = None
@@ -63,8 +66,17 @@ class Recipe:
             raise UnknownName("metric", self.metric, METRICS)
         if isinstance(self.optimiser, str) and self.optimiser not in OPTIMISERS:
             raise UnknownName("optimiser", self.optimiser, OPTIMISERS)
+        weight = self.target_weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise UsageError(f"target_weight is a number of at least 0; got {weight!r}.")
         if self.clip is not None and not self.clip > 0:
             raise UsageError(f"clip is the largest norm of a gradient, above 0, or None; got {self.clip!r}.")
+
+    @property
+    def asks_for_steps(self) -> bool:
+        """Whether something was asked for that only steps of training heed."""
+        own = self.regularisers or self.gradual or self.target is not None or self.lr != "auto"
+        return bool(own) or self.loss not in (None, "cross_entropy")
 
     def made(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """The optimiser over these groups."""
@@ -104,6 +116,8 @@ class Recipe:
         for name in ("policy", "loss", "optimiser"):
             value = getattr(self, name)
             told[name] = value if isinstance(value, str) or value is None else getattr(value, "name", _called(value))
+        if self.target is not None:
+            told |= {"joint": self.joint, "target_weight": self.target_weight}
         told["regularisers"] = [settings(each) for each in self.regularisers]
         return told
 

@@ -17,10 +17,11 @@ from renorm.errors import UsageError, require
 from renorm.evaluate import Score
 from renorm.events import Epoch, FineTuned, Started
 from renorm.feed import Feed, Labels
+from renorm.few import Solved
 from renorm.freeze import Freeze, hold_
 from renorm.groups import parameter_groups
-from renorm.heads import NewHead, new_head_, outputs_of
-from renorm.policy import apply_policy_
+from renorm.heads import NewHead, last_layer, new_head_, outputs_of
+from renorm.policy import apply_policy_, preset
 from renorm.provenance import fingerprint
 from renorm.recipe import Recipe, labels_of
 from renorm.regularisers.base import Penalty, Start
@@ -29,6 +30,7 @@ from renorm.said import say
 from renorm.sites import Site, device_of, find_sites, parameters_of, unwrap, walk
 from renorm.split import Split, split
 from renorm.state import Undo
+from renorm.surgery import convert_
 
 HEAD_RATE = 3.0  # a new head learns so many times faster than what is pretrained
 
@@ -97,6 +99,17 @@ class Plan:
         """Batches in all epochs; 0 where that is not known."""
         return self.labels.batches * self.epochs
 
+    def with_solved(self, solved: Solved) -> Plan:
+        """With what was solved before the first step."""
+        notes = []
+        if solved.share is not None:
+            notes.append(say("the statistics hold {share:.0%} of the target's moments", share=solved.share))
+        if solved.strength is not None:
+            notes.append(say("the head is a logistic regression, C = {strength:g}", strength=solved.strength))
+        if solved.loss is not None:
+            notes.append(say("by a loss of {loss:.3g} nats, the least of those tried", loss=solved.loss))
+        return replace(self, notes=(*self.notes, *notes))
+
     def started(self, place: Place) -> Started:
         """The event that tells of it."""
         told = {name: getattr(self, name) for name in ("policy", "lr", "head", "facts", "steps", "notes")}
@@ -126,9 +139,13 @@ def planned(model: nn.Module, feed: Feed, recipe: Recipe, kept: Kept) -> Plan:
     parts = split(model, recipe.head_name)
     labels = feed.look()
     names = labels_of(feed.train, recipe.classes)
-    facts = measure(model, labels, outputs_of(model, parts), names, caller=recipe.caller)
+    last = last_layer(model, parts)
+    linear = last is not None and isinstance(dict(walk(unwrap(model)))[last], nn.Linear)
+    facts = measure(model, labels, outputs_of(model, parts), names, caller=recipe.caller, linear=linear)
     head = choose_head(recipe.head, facts, labels, names=names, own=_own_names(model))
-    policy = choose_policy(recipe.policy, facts)
+    policy = choose_policy(recipe.policy, facts, steps=recipe.asks_for_steps)
+    if recipe.target is not None and recipe.policy == "auto":
+        policy = Choice(preset("all"), say("source and target train together"))
     rate = choose_rate(recipe.lr, facts, policy.value)
     notes = (
         () if labels.complete else (say("the batches can be read only once: statistics are not re-estimated on them"),)
@@ -136,7 +153,8 @@ def planned(model: nn.Module, feed: Feed, recipe: Recipe, kept: Kept) -> Plan:
     if head.value == "new":
         feed.begin(0)
         kept.head = new_head_(model, parts, facts.classes or 0, names=names)
-    return Plan(policy, rate, head, facts, labels, parts, recipe.epochs, notes)
+    epochs = 0 if policy.value.solves else recipe.epochs
+    return Plan(policy, rate, head, facts, labels, parts, epochs, notes)
 
 
 def _own_names(model: nn.Module) -> tuple[str, ...] | None:
@@ -297,6 +315,27 @@ def penalties(model: nn.Module, plan: Plan, recipe: Recipe, feed: Feed, kept: Ke
         caller=recipe.caller,
     )
     return [opened.enter_context(each.over(start)) for each in recipe.regularisers]
+
+
+def layers_in(model: nn.Module, recipe: Recipe, still: Still, opened: ExitStack) -> None:
+    """Put the layer that a regulariser trains through where statistics move, for as long as `opened` is."""
+    asked = [each for each in recipe.regularisers if each.layer]
+    if len(asked) > 1:
+        raise UsageError(
+            f"{asked[0].name} and {asked[1].name} both train through a layer of their own, and one can stand at a place; "
+            "leave one of them out."
+        )
+    for each in asked:
+        moving = still.moving()
+        if not moving:
+            raise UsageError(
+                f"{each.name} changes how batch norms normalise whose statistics move, and under this policy none do; leave it "
+                'out, or give policy="all".'
+            )
+        still.let_go()
+        conversion = convert_(model, to=each.layer, include=moving, **each.layer_options())
+        opened.callback(conversion.settle_)
+        opened.callback(still.let_go)
 
 
 def run_for(plan: Plan, recipe: Recipe, origin: str, *, writes: bool) -> Run | Unsaved:

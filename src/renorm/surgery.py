@@ -20,6 +20,7 @@ from renorm.state import Undo
 
 # How far two evaluations may part on the probe and still agree, beside their largest value; arithmetic differs in its order.
 AGREE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+BATCH_NORM = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
 PLAIN: tuple[type[nn.Module], ...] = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -121,6 +122,24 @@ class Conversion:
                 parent._modules[key] = old
             self._old.restore_()
 
+    def settle_(self) -> None:
+        """Put the old modules back, holding what the new ones hold now; a second call does nothing.
+
+        Of a layer with several sets of statistics the first is kept. There is nothing to undo any more.
+        """
+        if self._new is None or not self._new.is_open:
+            return
+        with torch.no_grad():
+            for old, new in self._layers.values():
+                for key, tensor in zip(BATCH_NORM, _held(new, 0), strict=True):
+                    own = getattr(old, key, None)
+                    if isinstance(own, Tensor) and tensor is not None and own is not tensor:
+                        own.copy_(tensor)
+        for parent, key, old in self._links:
+            parent._modules[key] = old
+        self._new.close()
+        self._old.close()
+
     def abandon_(self) -> None:
         """Give the old layers back whole, before any new one stands."""
         self._old.restore_()
@@ -200,9 +219,7 @@ def _made(place: Place, kind: type[Layer], options: Mapping[str, Any], held: Bat
     act = _activation(old)
     if kind is catalogue()["batch"] and origin is not None and act is None:
         new: Any = origin(held.mean.numel(), **common)
-        for key, tensor in zip(
-            ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"), held, strict=True
-        ):
+        for key, tensor in zip(BATCH_NORM, held, strict=True):
             setattr(new, key, tensor)
     else:
         common |= {"act": act, "axis": place.axis}

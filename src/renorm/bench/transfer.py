@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, ClassVar
 
@@ -16,20 +17,25 @@ from renorm.adapters import divided
 from renorm.bench import transfer_peers, transfer_table
 from renorm.bench.base import Cell, Row, Suite
 from renorm.bench.beds import Labelled, error
-from renorm.bench.transfer_tasks import TASKS
+from renorm.bench.transfer_tasks import TASKS, digit_domains
 from renorm.events import Stepped
 from renorm.finetune import finetune_, training
 from renorm.policy import POLICIES
+from renorm.recalibrate import recalibrate_
 from renorm.recipe import Recipe
 from renorm.split import split
 
 __all__ = ["Transfer"]
 
 SHARES: dict[str, tuple[float, ...]] = {"quick": (0.15, 0.05), "full": (0.15, 0.05, 0.3, 1.0)}
+REGULARISED_AT = 0.15
 STEPS = {"quick": 100, "full": 500}  # of training at least: a small share is seen more often
 LEAST_EPOCHS = 5
 MEASURED = {"quick": 500, "full": 5000}
 BATCH = 32
+DIGITS = "mnist to usps, unlabelled"
+JOINT = ("as it came", "source again", "recalibrated", "per_domain", "transferable")
+JOINT_EPOCHS = 4
 COST_STEPS = 24  # of each way within a turn
 COST_TURNS = 3
 
@@ -63,11 +69,16 @@ PEERS: dict[str, Way] = {
     "plain, BN in eval": lambda job: transfer_peers.plain(job.model, job.train, **job.told, still=True),
     "Lightning": lambda job: transfer_peers.backbone_finetuning(job.model, job.train, **job.told),
 }
-NAMES = ("all", "frozen-statistics", "recalibrate-then-freeze", "affine-and-head", "head-only")
+NAMES = ("all", "frozen-statistics", "recalibrate-then-freeze", "affine-and-head", "head-only", "few-labels")
 WAYS: dict[str, Way] = {
     **PEERS,
     "auto": ours,
     **{name: partial(ours, policy=name) for name in NAMES},
+}
+BEST = "all"  # the policy at which regularisers are compared
+REGULARISED: dict[str, Way] = {
+    f"+ {name}": partial(ours, policy=BEST, regularisers=name)
+    for name in ("shrink", "stochnorm", "l2_sp", "bss", "delta", "co_tuning")
 }
 
 
@@ -89,10 +100,18 @@ class Transfer(Suite):
                 for seed in range(self.seeds):
                     for way in WAYS:
                         yield Cell.of(task=task, share=share, seed=seed, way=way)
+        for task in TASKS:
+            for seed in range(self.seeds):
+                for way in REGULARISED:
+                    yield Cell.of(task=task, share=REGULARISED_AT, seed=seed, way=way)
         for seed in range(self.seeds):
             yield Cell.of(task="tinyimagenet20", seed=seed, way="cost")
+            for way in JOINT:
+                yield Cell.of(task=DIGITS, seed=seed, way=way)
 
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
+        if cell["task"] == DIGITS:
+            return _joint(self.data, cell["seed"], cell["way"])
         task = TASKS[cell["task"]]
         train, test = task.target(self.data)
         if cell["way"] == "cost":
@@ -103,7 +122,7 @@ class Transfer(Suite):
         epochs = max(LEAST_EPOCHS, -(-STEPS[self.size] // batches))
         job = Job(task.source(self.data), train, classes, epochs, cell["seed"])
         start = perf_counter()
-        WAYS[cell["way"]](job)
+        (WAYS | REGULARISED)[cell["way"]](job)
         seconds = perf_counter() - start
         measured = test.first(MEASURED[self.size])
         found = {"error": error(job.model, measured), "labels": len(train.labels), "training_seconds": seconds}
@@ -111,6 +130,20 @@ class Transfer(Suite):
 
     def table(self, rows: Sequence[Row]) -> str:
         return transfer_table.table(rows)
+
+
+def _joint(data: Path, seed: int, way: str) -> dict[str, float]:
+    """The error on USPS, none of whose labels were seen, of the network trained on MNIST."""
+    model, source, target, test = digit_domains(data, seed=seed)
+    if way == "recalibrated":
+        recalibrate_(model, target.unlabelled())
+    elif way == "source again":
+        finetune_(model, source.batches(), policy="all", head="keep", epochs=JOINT_EPOCHS, seed=seed)
+    elif way != "as it came":
+        unlabelled: Any = target.unlabelled()
+        chosen: Any = way
+        finetune_(model, source.batches(), head="keep", epochs=JOINT_EPOCHS, seed=seed, target=unlabelled, joint=chosen)
+    return {"error": error(model, test)}
 
 
 def _share(train: Labelled, share: float, seed: int) -> Labelled:

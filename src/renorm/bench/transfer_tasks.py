@@ -19,7 +19,7 @@ from renorm.bench.signals import gas
 from renorm.finetune import finetune_
 from renorm.models import load_model
 
-__all__ = ["TASKS", "Task"]
+__all__ = ["TASKS", "Task", "digit_domains"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNIT = ((0.0,) * 3, (1.0,) * 3)
@@ -112,6 +112,13 @@ def _grey(path: Path) -> Labelled:
     inputs = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float() / 255
     inputs = F.interpolate(inputs, size=(16, 16), mode="bilinear", antialias=True, align_corners=False)
     return Labelled((inputs - 0.2) / 0.35, torch.from_numpy(labels[order].astype(np.int64)))
+
+
+def digit_domains(data: Path, *, seed: int) -> tuple[nn.Module, Labelled, Labelled, Labelled]:
+    """The network trained on mnist15k, 3,000 of its digits, 2,000 of USPS to adapt to and 2,000 others to measure on."""
+    source, (target, test) = _grey(data / "mnist15k.npz"), _usps(data)
+    rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(source.labels))[:3000])
+    return _digits_net(data), Labelled(source.inputs[rows], source.labels[rows]), target, test.first(2000)
 
 
 def _gas_net(data: Path) -> nn.Module:

@@ -26,7 +26,9 @@ class Finetune(Trains):
     )
 
     policy: str = option("auto", "what may move: auto, all, frozen-statistics, head-only …", metavar="NAME")
-    regularisers: str = option("", "l2_sp, delta, bss, co_tuning; several with commas between", metavar="NAMES")
+    regularisers: str = option(
+        "", "l2_sp, delta, bss, co_tuning, stochnorm, shrink; with commas between", metavar="NAMES"
+    )
     head: Literal["auto", "new", "keep"] = option("auto", "auto: new unless the label names are the model's")
     gradual: bool = option(False, "train the head first, then one stage after another")
     depth_decay: float = option(1.0, "the rate falls by this factor from stage to stage towards the input")

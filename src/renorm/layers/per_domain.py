@@ -14,7 +14,7 @@ from renorm.errors import BatchError, UnknownName, UsageError
 from renorm.kernels import by_image, from_images, normalised, pooled, recomputing
 from renorm.layers.base import BatchNormTensors, Tracking
 
-Ids = Tensor | Sequence[int] | Sequence[str]
+Ids = Tensor | Sequence[int] | Sequence[str]  # a lone name is that of all samples
 
 
 class Extra(nn.Module):
@@ -89,6 +89,7 @@ class Sets(Tracking):
         return self._default(x) if ids is None else self._checked(ids, x)
 
     def _checked(self, ids: Ids, x: Tensor) -> Tensor:
+        ids = [ids] * x.shape[0] if isinstance(ids, str) else ids
         groups = ids if isinstance(ids, Tensor) else torch.tensor([self._row(name) for name in ids])
         if groups.shape != x.shape[:1] or groups.is_floating_point() or groups.dtype == torch.bool:
             raise BatchError(

@@ -24,6 +24,8 @@ class Shrink(Mixing):
     Statistics move in training, as batch norm's do, and never in evaluation. The weight is constant for gradients, which flow
     through the batch's part of the moments.
 
+    With `evaluation=False` it does so in training alone, and evaluates as batch norm does.
+
     Raises UsageError for a `floor` outside [0, 1] or a negative `noise`.
     """
 
@@ -34,10 +36,12 @@ class Shrink(Mixing):
         "and Bethge, Matthias}, booktitle={NeurIPS}, year={2020}}"
     )
     keeps: ClassVar[bool] = False
-    options: ClassVar[tuple[str, ...]] = ("floor", "noise")
+    options: ClassVar[tuple[str, ...]] = ("floor", "noise", "evaluation")
     needs_two_values: ClassVar[bool] = False
 
-    def __init__(self, num_features: int, *, floor: float = FLOOR, noise: float = NOISE, **common: Any) -> None:
+    def __init__(
+        self, num_features: int, *, floor: float = FLOOR, noise: float = NOISE, evaluation: bool = True, **common: Any
+    ) -> None:
         super().__init__(num_features, **common)
         if not 0 <= floor <= 1:
             raise UsageError(f"floor is the least share of what the layer holds, in [0, 1]; got {floor!r}.")
@@ -45,8 +49,11 @@ class Shrink(Mixing):
             raise UsageError(f"noise is what a squared standard error counts, 0 or more; got {noise!r}.")
         self.floor: float = floor
         self.noise: float = noise
+        self.evaluation: bool = evaluation
 
     def _normalised(self, x: Tensor) -> Tensor:
+        if not self.training and not self.evaluation:
+            return self._by_held(x)
         held = self._held(x)
         share = self.source_share(x, held.mean, held.var)
 

@@ -65,11 +65,18 @@ class Regulariser(ABC):
     a `name` and `cites`. It is then in the catalogue, in `finetune_(regularisers=[name])` and on the command line.
 
     replaces_decay   whether it takes the place of weight decay, which would pull to zero against it
+    layer            the layer of the catalogue that trains in the place of each batch norm whose statistics move, with the
+                     options of `layer_options`; at the end batch norms stand there again. One such at a time
     """
 
     name: ClassVar[str]
     cites: ClassVar[str] = ""
     replaces_decay: ClassVar[bool] = False
+    layer: ClassVar[str] = ""
+
+    def layer_options(self) -> dict[str, Any]:
+        """The options of `layer`."""
+        return {}
 
     @abstractmethod
     def over(self, start: Start) -> AbstractContextManager[Penalty]:

@@ -18,7 +18,9 @@ def verdict(result: FineTuned, *, output: str) -> Words:
     steps = many(result.steps, "{count:,} step", "{count:,} steps")
     written = say("Written to {output}.", output=output)
     if result.score is None:
-        last = say("Loss {loss:.3g} in the last epoch.", loss=result.history[-1].loss)
+        last = say("No step was taken: the head was solved.")
+        if result.history:
+            last = say("Loss {loss:.3g} in the last epoch.", loss=result.history[-1].loss)
         unscored = say("Nothing was held back to score it on: give --val DATA.")
         return Words(follow(follow(last, unscored), written), "good", say("Trained for {steps}", steps=steps))
     value = scores.value(result.score)
