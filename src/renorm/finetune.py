@@ -24,7 +24,8 @@ from renorm.policy import Policy
 from renorm.provenance import fingerprint
 from renorm.recalibrate import recalibrate_
 from renorm.recipe import Loss, Optimiser, Recipe
-from renorm.regularisers.base import Regulariser, Step, build
+from renorm.regularisers.base import Penalty, Regulariser, Step, build
+from renorm.runs import Saved
 from renorm.session import (
     Place,
     Plan,
@@ -157,16 +158,9 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
         opened.callback(still.let_go)
         still.hold(epoch=recipe.epochs)
         moved = still.moving()
-        layers_in(model, recipe, still, opened)
         saved = run.load()
-        beside = Alone(recipe)
-        if recipe.target is not None:
-            still.let_go()
-            taken = saved.state["taken"] if saved else 0
-            beside = Joint(model, feed, recipe, moved, taken, opened)
-            opened.callback(still.let_go)
-            val = beside.scored(val)
-        still.hold(epoch=recipe.epochs)
+        beside = _beside(model, feed, recipe, still, saved, opened)
+        val = beside.scored(val)
         optimiser = accelerator.prepare_optimizer(optimiser_for(model, plan, recipe, source))
         terms = penalties(model, plan, recipe, feed, source, opened)
         peaks = [group["lr"] for group in optimiser.param_groups]
@@ -182,18 +176,7 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
             began, position = monotonic(), feed.position()
             for batch in feed.epoch(epoch, skip=place.batch):
                 rate = _set_rates(optimiser, peaks, place.taken, plan.steps)
-                with accelerator.accumulate(model):
-                    with accelerator.autocast():
-                        result = beside.caller.run(model, batch, index=place.batch)
-                        loss = recipe.loss_of(result) + beside.penalty()
-                        loss = sum((term(Step(batch, result)) for term in terms), loss)
-                    accelerator.backward(loss)
-                    value = loss.item()
-                    if not math.isfinite(value):
-                        raise Diverged(_diverged(model, batch, value, place, recipe))
-                    _finish_gradients(accelerator, optimiser, recipe)
-                    optimiser.step()
-                    optimiser.zero_grad()
+                value = _learnt(model, batch, place, beside, terms, (accelerator, optimiser), recipe)
                 stepped = bool(accelerator.sync_gradients)
                 place = place.after(value, stepped=stepped)
                 if stepped:
@@ -215,6 +198,46 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
         score = None if val is None else _scored(model, val, recipe)
         finished = Finished(result=plan.result(place, score, source))
     yield finished
+
+
+def _beside(
+    model: nn.Module, feed: Feed, recipe: Recipe, still: Still, saved: Saved | None, opened: ExitStack
+) -> Alone:
+    """Put the layers in place that a regulariser or a target asks for, and say what runs a batch."""
+    moved, beside = still.moving(), Alone(recipe)
+    layers_in(model, recipe, still, opened)
+    if recipe.target is not None:
+        still.let_go()
+        beside = Joint(model, feed, recipe, moved, saved.state["taken"] if saved else 0, opened)
+        opened.callback(still.let_go)
+    still.hold(epoch=recipe.epochs)
+    return beside
+
+
+def _learnt(
+    model: nn.Module,
+    batch: Any,
+    place: Place,
+    beside: Alone,
+    terms: Sequence[Penalty],
+    moving: tuple[Any, Any],
+    recipe: Recipe,
+) -> float:
+    """One batch forward and back, and a step where its gradients are complete; its loss. Raises Diverged."""
+    accelerator, optimiser = moving
+    with accelerator.accumulate(model):
+        with accelerator.autocast():
+            result = beside.caller.run(model, batch, index=place.batch)
+            loss = recipe.loss_of(result) + beside.penalty()
+            loss = sum((term(Step(batch, result)) for term in terms), loss)
+        accelerator.backward(loss)
+        value = float(loss.item())
+        if not math.isfinite(value):
+            raise Diverged(_diverged(model, batch, value, place, recipe))
+        _finish_gradients(accelerator, optimiser, recipe)
+        optimiser.step()
+        optimiser.zero_grad()
+    return value
 
 
 def _set_rates(optimiser: Any, peaks: Sequence[float], taken: int, steps: int) -> float:

@@ -65,7 +65,7 @@ class Joint(Alone):
         self._answers: Tensor | None = None
         self._batches = islice(self._endless(self.feed), taken, None)
         self._ids = Domains()
-        options = {"domains": [TARGET, SOURCE]} if recipe.joint == "per_domain" else {}
+        options: dict[str, Any] = {"domains": [TARGET, SOURCE]} if recipe.joint == "per_domain" else {}
         conversion = convert_(model, to=recipe.joint, include=moving, **options)
         opened.callback(conversion.settle_)
         for layer in unwrap(model).modules():
