@@ -146,3 +146,22 @@ def test_progress_of_a_run_shows_steps_and_metrics(monkeypatch: pytest.MonkeyPat
     with Screen(quiet=True).progress("training", total=4) as draw:
         draw(1, "said")
     assert "said" not in drawn.getvalue()
+
+
+def test_an_unlabelled_target_trains_along_and_is_scored(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    words = (
+        "finetune nets.py:net three.npz --target three.npz -o joint.safetensors --epochs 2 --batch-size 16 --lr 0.05"
+    )
+    ran = renorm(f"{words} --head new --joint per_domain --format json")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.json["result"]["policy"] == "all"
+    assert ran.json["result"]["score"]["count"] == 48
+    with safe_open(folder / "joint.safetensors", framework="pt") as opened:
+        assert not any("extra" in name for name in opened.keys())
+
+
+def test_a_few_labels_are_solved_and_said(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    ran = renorm("finetune nets.py:net three.npz --head new -o few.safetensors --batch-size 16")
+    assert ran.code == 0
+    assert "No step was taken: the head was solved." in ran.out
+    assert "few-labels" in ran.out

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -540,18 +540,27 @@ def test_two_runs_cannot_share_a_folder_and_a_file_is_none(tmp_path: Path) -> No
         finetune_(net(), data(), run=tmp_path / "file", epochs=1)
 
 
-def test_a_full_disk_keeps_the_checkpoint_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    ],
+)
+def test_a_full_disk_keeps_the_checkpoint_of_before(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import safetensors.torch
 
     interrupted(net(), data(), tmp_path, after=2, epochs=1, lr=0.01, head="keep")
     good = (tmp_path / "checkpoint.safetensors").read_bytes()
 
     def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     model = net()
-    with pytest.raises(CheckpointError, match=r"No space left on device\. The one of before stands"):
+    with pytest.raises(CheckpointError, match=r"(No space left on device|os error 27\))\. The one of before stands"):
         finetune_(model, data(), epochs=1, lr=0.01, head="keep", run=tmp_path, save_every=1)
     assert weights(model) == weights(net())
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == good

@@ -20,7 +20,7 @@ from renorm.sites import find_sites, parameters_of
 from renorm.state import evaluating, preserving
 
 # SMALL and FAR are rules of thumb; FEW and the rates were set on the suite `transfer` of `renorm bench`: with 10 to 58
-# samples a head on fixed features won, with 100 and more (5 per class) it lost to training everything.
+# samples a head on fixed features won or drew, with 100 and more (5 per class) it lost to training everything.
 FEW = 64  # samples in all
 SMALL = 16  # samples in a batch; below it a batch's own statistics are too noisy to normalise by
 FAR = 0.5  # source standard deviations, mean over sites; clean data of the source itself lie at about 0.2

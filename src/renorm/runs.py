@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class Run:
                     {n: t.detach().cpu().clone().contiguous() for n, t in saved.tensors.items()}, temporary, metadata
                 )
         except Exception as error:  # safetensors wraps the system's errors in its own
-            if not isinstance(error, OSError) and "space" not in str(error) and "Io" not in str(error):
+            if not isinstance(error, OSError) and not re.search("os error|space|Io", str(error)):
                 raise
             raise CheckpointError(
                 f"the checkpoint could not be written to {self.folder}: {error}. The one of before stands; make room, "

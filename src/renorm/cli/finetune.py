@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from renorm.cli.base import option
 from renorm.cli.training import Trains
 
 if TYPE_CHECKING:
+    from renorm.models import Model
     from renorm.recipe import Recipe
 
 
@@ -25,13 +26,26 @@ class Finetune(Trains):
         "renorm finetune nets.py:resnet20 --checkpoint resnet20.safetensors photos/ --val test/ -o new.safetensors"
     )
 
-    policy: str = option("auto", "what may move: auto, all, frozen-statistics, head-only …", metavar="NAME")
+    policy: str = option("auto", "what may move: auto, all, head-only, few-labels …", metavar="NAME")
     regularisers: str = option(
         "", "l2_sp, delta, bss, co_tuning, stochnorm, shrink; with commas between", metavar="NAMES"
     )
     head: Literal["auto", "new", "keep"] = option("auto", "auto: new unless the label names are the model's")
     gradual: bool = option(False, "train the head first, then one stage after another")
     depth_decay: float = option(1.0, "the rate falls by this factor from stage to stage towards the input")
+
+    target: str = option("", "unlabelled data of the domain that the model is for, trained beside DATA", metavar="DATA")
+    joint: Literal["transferable", "per_domain"] = option("transferable", "how --target and DATA are told apart")
+
+    def beside(self, model: Model, recipe: Recipe) -> Recipe:
+        from renorm.cli.training import Reshuffled
+
+        if not self.target:
+            return recipe
+        dataset = self.dataset(self.target, model)
+        return replace(
+            recipe, target=Reshuffled(dataset.batches, tuple(dataset.classes or ()) or None), joint=self.joint
+        )
 
     def recipe(self) -> Recipe:
         from renorm.calls import Caller

@@ -41,6 +41,10 @@ class Trains(OnModel):
     def recipe(self) -> Recipe:
         """The options of the loop."""
 
+    def beside(self, model: Model, recipe: Recipe) -> Recipe:
+        """The recipe with whatever other data it trains on."""
+        return recipe
+
     def prepared(self) -> tuple[Model, Dataset]:
         """The model and its training data."""
         model = self.opened()
@@ -60,7 +64,7 @@ class Trains(OnModel):
         val = self.dataset(self.val, model) if self.val else None
         origin = fingerprint(model.module)
         names = tuple(dataset.classes or ()) or None
-        recipe = replace(recipe, classes=names if recipe.head != "keep" else None)
+        recipe = replace(self.beside(model, recipe), classes=names if recipe.head != "keep" else None)
         result = _drawn(model, Reshuffled(dataset.batches, names), val and val.batches, recipe, screen)
         loaded = model.checkpoint.sha256 if model.checkpoint else None
         made = provenance(
