@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from glob import escape
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from renorm.calls import Caller
 from renorm.errors import UsageError
@@ -25,6 +27,7 @@ __all__ = [
     "Fix",
     "Undoable",
     "at_sites",
+    "calling_children",
     "converting",
     "count_",
     "freezing",
@@ -125,6 +128,40 @@ def writing(values: Mapping[str, Moments], *, label: str) -> Fix:
 def converting(names: Sequence[str], to: str) -> Fix:
     """A fix that puts a layer of the catalogue, by its name, at these sites."""
     return lambda model: convert_(model, to, include=[escape(name) for name in names])
+
+
+@dataclass(frozen=True)
+class Called:
+    """Layers that call their children; `restore_()` lets them forget it."""
+
+    handles: tuple[RemovableHandle, ...]
+
+    def restore_(self) -> None:
+        """Take the calls away again; a second call does nothing."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def calling_children(names: Sequence[str]) -> Callable[[nn.Module], Called]:
+    """A fix that lets every layer at `names` pass its output through its children, in their order; no key changes."""
+
+    def fix_(model: nn.Module) -> Called:
+        sites = {site.name: site for site in find_sites(model)}
+        missing = [name for name in names if name not in sites]
+        if missing:
+            raise UsageError(
+                f"calling the children of {missing[0] or 'the model itself'!r} was asked for, and {type(model).__name__} has "
+                "no such norm layer; give the model that was diagnosed, or a copy of it."
+            )
+        return Called(tuple(sites[name].module.register_forward_hook(_call_children) for name in names))
+
+    return fix_
+
+
+def _call_children(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    for child in module.children():
+        output = child(output)
+    return output
 
 
 def count_(site: Site) -> None:

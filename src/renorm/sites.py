@@ -352,6 +352,12 @@ def is_lazy(site: Site) -> bool:
     return isinstance(site.module, LazyModuleMixin) and bool(cast(Any, site.module).has_uninitialized_params())
 
 
+def has_idle_children(site: Site) -> bool:
+    """Whether torch's own SyncBatchNorm, whose forward calls no child, has one that does something: a lost activation."""
+    plain = type(site.module) is nn.SyncBatchNorm
+    return plain and not site.module._forward_hooks and any(type(m) is not nn.Identity for m in site.module.children())
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer is; the CPU for a model without any."""
     for tensor in (*model.parameters(), *model.buffers()):

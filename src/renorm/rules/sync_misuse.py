@@ -8,14 +8,19 @@ from typing import ClassVar
 
 import torch
 
-from renorm.mend import converting
+from renorm.mend import calling_children, converting
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import say
+from renorm.sites import has_idle_children
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncMisuse(Rule):
-    """SyncBatchNorm on a CPU fails in training once a process group stands; with a single process it synchronises nothing."""
+    """SyncBatchNorm on a CPU fails in training once a process group stands; with a single process it synchronises nothing.
+
+    Converters that know torch's class alone drop the activation of a NormAct layer: they leave it as a child that the new
+    layer never calls, and that is an error.
+    """
 
     id: ClassVar[str] = "BN407"
     title: ClassVar[str] = say("SyncBatchNorm that cannot sync")
@@ -26,6 +31,9 @@ class SyncMisuse(Rule):
         if not sync:
             return
         names = [site.name for site in sync]
+        lost = [site.name for site in sync if has_idle_children(site)]
+        if lost:
+            yield self._activations(lost)
         grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
         ranks = torch.distributed.get_world_size() if grouped else 1
         on_cpu = any(tensor.device.type == "cpu" for site in sync for tensor in site.tensors or ())
@@ -56,3 +64,22 @@ class SyncMisuse(Rule):
                 ),
                 advice=say("Start the training with several processes, or leave the layers as they were built."),
             )
+
+    def _activations(self, lost: list[str]) -> Finding:
+        return Finding(
+            rule=self.id,
+            site=lost[0],
+            severity="error",
+            value=float(len(lost)),
+            unit=say("SyncBatchNorm layers whose activation is never called"),
+            limit=0.0,
+            message=say(
+                "The conversion to SyncBatchNorm lost the activations that the norm layers held: they hang below the new "
+                "layers, which never call them."
+            ),
+            advice=say(
+                "Convert the original model with the library that made it (timm.layers.convert_sync_batchnorm), or let the "
+                "layers call them again (the doctor's fix)."
+            ),
+            fix_=calling_children(lost),
+        )
