@@ -83,7 +83,18 @@ FAMILIES = ("layers", "methods", "regularisers", "rules")  # folders with a base
 
 EXTRAS = {
     *("timm", "torchvision", "PIL", "accelerate", "pandas", "pyarrow", "transformers", "datasets", "matplotlib"),
-    *("onnx", "onnxscript", "onnxruntime", "imagecorruptions", "cv2", "skimage", "fvcore", "keras", "lightning"),
+    *(
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "imagecorruptions",
+        "cv2",
+        "skimage",
+        "fvcore",
+        "keras",
+        "lightning",
+        "torch_audit",
+    ),
 }
 # Installed with the core, yet slow to import: only edges may take them at the top, and `import renorm` none of them.
 HEAVY = {"sklearn", "scipy", "torchmetrics", "rich", "jsonargparse", "jinja2", "yaml"}

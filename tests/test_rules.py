@@ -526,3 +526,83 @@ def test_every_rule_has_a_test_and_an_id_that_says_its_group() -> None:
     for rule in catalogue().values():
         assert rule.id[:3] in groups
         assert rule.id == counted or (rule.passes() > 0) == bool(groups[rule.id[:3]]), rule.id
+
+
+# ── against a checkpoint, and layers that lost something ──
+
+
+def test_statistics_of_other_weights_are_found_against_the_file_and_estimated_anew() -> None:
+    model = convs()
+    file = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert found(diagnose(model, checkpoint=file), "BN203") == []
+    model[-1].weight.data.mul_(2)  # a new head is no reason
+    assert found(diagnose(model, checkpoint=file), "BN203") == []
+    model[0].weight.data.mul_(3)
+    (finding,) = found(diagnose(model, checkpoint=file), "BN203")
+    assert (finding.severity, finding.value, finding.fix_) == ("warning", 2.0, None)
+    batches = [images(100), images(100, seed=2)]
+    (finding,) = found(diagnose(model, batches, checkpoint=file), "BN203")
+    assert (finding.severity, finding.unit) == ("error", "source sd")
+    assert finding.fix_ is not None
+    undo = finding.fix_(model)
+    assert found(diagnose(model, batches, checkpoint=file), "BN203") == []
+    undo.restore_()
+    freeze_(model)
+    assert found(diagnose(model, batches, checkpoint=file), "BN203") == []
+
+
+def test_new_weights_that_need_no_other_statistics_are_left_in_peace() -> None:
+    model = convs()
+    file = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model[0].weight.data.mul_(1.001)
+    assert found(diagnose(model, [images(100), images(100, seed=2)], checkpoint=file), "BN203") == []
+
+
+def test_a_frozen_layer_that_moved_is_found_and_put_back() -> None:
+    model = convs()
+    file = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for norm in norms(model):
+        norm.requires_grad_(False)
+    assert found(diagnose(model, checkpoint=file), "BN205") == []
+    model.train()
+    model(images(50) + 3)
+    model.eval()
+    (finding,) = found(diagnose(model, checkpoint=file), "BN205")
+    assert finding.severity == "error"
+    assert finding.value > 0.05
+    assert finding.fix_ is not None
+    undo = finding.fix_(model)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in file.items() if "running" in n)
+    assert found(diagnose(model, checkpoint=file), "BN205") == []
+    undo.restore_()
+    freeze_(model)
+    assert found(diagnose(model, checkpoint=file), "BN205") == []
+
+
+def test_activations_that_a_conversion_lost_are_found_and_called_again() -> None:
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.drop, self.act = nn.Identity(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.drop(super().forward(x)))
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), NormAct(6), nn.Conv2d(6, 6, 3), NormAct(6)).eval()
+    x = images(4)
+    expected = model(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert not torch.equal(converted(x), expected)
+    before = photograph(converted)
+    (finding,) = found(diagnose(converted), "BN407")
+    assert (finding.severity, finding.value, finding.site) == ("error", 2.0, "1")
+    assert finding.fix_ is not None
+    undo = finding.fix_(converted)
+    assert torch.equal(converted(x), expected)
+    assert torch.equal(copy.deepcopy(converted)(x), expected)
+    assert found(diagnose(converted), "BN407") == []
+    undo.restore_()
+    undo.restore_()
+    assert differences(before, photograph(converted)) == []
+    with pytest.raises(UsageError, match="no such norm layer"):
+        finding.fix_(nn.Sequential(nn.BatchNorm2d(3)))

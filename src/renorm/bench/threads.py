@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from renorm.bench.digits import Digits, batches, load, network, training
@@ -201,12 +201,12 @@ def _averaged(seed: int) -> Outcome:
     source, rest = load()
     model = _made(seed)
     _train(model, source, seed, steps=3)
-    decay: Any = torch.optim.swa_utils.get_ema_multi_avg_fn  # untyped
-    average = AveragedModel(model, multi_avg_fn=decay(0.5))
+    average, began = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     for part in range(12):
         _train(model, source, seed + 10 * part, steps=10)
-        average.update_parameters(model)
-    return _mended(average.eval(), batches(rest), rest)
+        for mean, now in zip(average.parameters(), model.parameters(), strict=True):
+            mean.data.lerp_(now.data, 0.5)
+    return _mended(average.eval(), batches(rest), rest, checkpoint=began)
 
 
 def _wrong_pixels(seed: int) -> Outcome:
@@ -282,10 +282,10 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, la
     optimizer.step()
 
 
-def _mended(model: nn.Module, given: Any, measured: Digits) -> Outcome:
+def _mended(model: nn.Module, given: Any, measured: Digits, **options: Any) -> Outcome:
     """Ask the doctor of the model on what is `given`, and apply the fix of the first finding."""
     before = _error(model, measured)
-    first = next(iter(diagnose(model, given).findings), None)
+    first = next(iter(diagnose(model, given, **options).findings), None)
     if first is not None and first.fix_ is not None:
         first.fix_(model)
     return Outcome(first, before, _error(model, measured))

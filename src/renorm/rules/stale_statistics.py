@@ -12,29 +12,27 @@ from renorm.freeze import holds_statistics
 from renorm.provenance import plain_names
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import say
-from renorm.sites import unwrap, wrappers
+from renorm.sites import unwrap
 
 
 @dataclass(frozen=True, kw_only=True)
 class StaleStatistics(Rule):
     """Weights that moved (an average, a merged adapter) while the statistics behind them did not: they fit other weights.
 
-    Seen in an `AveragedModel` that averages parameters alone, and against a `checkpoint` whose convolutions and linear layers
-    differ from the model's while the statistics are the same bits; layers that are held still are left out. With batches it
-    is an error where these lie beyond the limit, and nothing where they do not; without, an average may have been followed by
-    `update_bn`, and that is information.
+    Seen against a `checkpoint` of the model before: its convolutions and linear layers differ from the model's, the last one
+    apart, and the statistics are the same bits. Layers that are held still are left out. With batches it is an error where
+    these lie beyond the limit, and nothing where they do not.
     """
 
     id: ClassVar[str] = "BN203"
     title: ClassVar[str] = say("new weights, old statistics")
-    needs: ClassVar[tuple[str, ...]] = ("held",)
+    needs: ClassVar[tuple[str, ...]] = ("file", "held")
 
     limit: float = 0.3  # source sd, as for a data shift (BN302)
 
     def check(self, facts: Facts) -> Iterator[Finding]:
-        able = [site.name for site in facts.batch if site.name in facts.held and site.tracks]
-        averaged = any(_averages_parameters_alone(wrapper) for wrapper in wrappers(facts.model))
-        stale = able if averaged else [name for name in able if name in _unmoved(facts)]
+        unmoved = _unmoved(facts)
+        stale = [s.name for s in facts.batch if s.name in facts.held and s.tracks and s.name in unmoved]
         far = {name: facts.distances[name] for name in stale if name in facts.distances} if facts.batches else {}
         if not stale or (far and max(far.values()) <= self.limit):
             return
@@ -42,29 +40,20 @@ class StaleStatistics(Rule):
         yield Finding(
             rule=self.id,
             site=worst,
-            severity="error" if far else "info" if averaged else "warning",
+            severity="error" if far else "warning",
             value=far.get(worst, float(len(stale))),
             unit=say("source sd") if far else say("layers with the statistics of other weights"),
             limit=self.limit if far else 0.0,
             message=say(
-                "The weights were averaged without the buffers: the statistics are those of the model when the average began."
-            )
-            if averaged
-            else say(
                 "The weights are not those of the checkpoint any more, the statistics still are: merged or averaged weights "
                 "were put beside them."
             ),
             advice=say(
-                "Estimate the statistics for these weights (recalibrate, or torch's update_bn), or average with "
-                "use_buffers=True."
+                "Estimate the statistics for these weights (recalibrate, or torch's update_bn), or average "
+                "the buffers too."
             ),
             fix_=facts.estimating(*stale),
         )
-
-
-def _averages_parameters_alone(wrapper: object) -> bool:
-    count = getattr(wrapper, "n_averaged", None)
-    return isinstance(count, Tensor) and int(count) > 0 and getattr(wrapper, "use_buffers", True) is False
 
 
 def _unmoved(facts: Facts) -> set[str]:

@@ -1,0 +1,133 @@
+"""Statistical rules of the doctor on ResNet-20 and its own kind of images, with a fault of a known strength planted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from renorm.bench.beds import Labelled, ResNet20
+from renorm.doctor import diagnose
+from renorm.moments import Moments
+from renorm.sites import find_sites
+
+__all__ = ["RULES", "STRENGTHS", "run"]
+
+
+class Case(NamedTuple):
+    """A model and batches."""
+
+    model: nn.Module
+    batches: list[Tensor]
+
+
+def _shifted(case: Case, strength: float, seed: int) -> Case:
+    """Every mean of one layer in the middle, moved by so many sd."""
+    site = [site for site in find_sites(case.model) if site.kind == "batch"][9]
+    held = site.statistics()
+    assert held is not None
+    site.write_(Moments(1e9, held.mean + strength * (held.var + site.eps).sqrt(), held.var))
+    return case
+
+
+def _sorted(case: Case, strength: float, seed: int) -> Case:
+    """That share of the images sorted by their mean brightness, in batches of 20."""
+    images = torch.cat(case.batches)
+    chosen = torch.randperm(len(images), generator=Generator().manual_seed(seed))[: round(strength * len(images))]
+    order = torch.arange(len(images))
+    places = chosen.sort().values
+    order[places] = chosen[images[chosen].mean((1, 2, 3)).argsort()]
+    return Case(case.model, list(torch.split(images[order], 20)))
+
+
+def _outlier(case: Case, strength: float, seed: int) -> Case:
+    """One batch of 20 multiplied."""
+    batches = list(torch.split(torch.cat(case.batches), 20))
+    batches[3] = batches[3] * strength
+    return Case(case.model, batches)
+
+
+def _updates(case: Case, strength: float, seed: int) -> Case:
+    """What so many updates at momentum 0.1 leave of mean 0 and variance 1, mixed into the statistics."""
+    left = 0.9**strength
+    for site in find_sites(case.model):
+        if site.kind == "batch" and site.tensors is not None:
+            mean, var = site.tensors
+            mean.mul_(1 - left)
+            var.mul_(1 - left).add_(left)
+            counter = getattr(site.module, "num_batches_tracked", None)
+            if isinstance(counter, Tensor):
+                counter.fill_(int(strength))
+    return case
+
+
+def _few(case: Case, strength: float, seed: int) -> Case:
+    """So many images in all."""
+    return Case(case.model, [torch.cat(case.batches)[: int(strength)]])
+
+
+def _padding(case: Case, strength: float, seed: int) -> Case:
+    """Sequences of 64 steps whose ends are 0, that share of them on average; a network of its own."""
+    generator = Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8))
+    x = torch.randn(64, 4, 64, generator=generator) + 1
+    lengths = 64 - (128 * strength * torch.rand(64, generator=generator)).round().long()
+    x = x * (torch.arange(64) < lengths[:, None, None])
+    return Case(model.eval(), [x])
+
+
+PLANTS: Mapping[str, Callable[[Case, float, int], Case]] = {
+    "means of a layer moved, sd": _shifted,
+    "images sorted, share": _sorted,
+    "one batch of ten multiplied by": _outlier,
+    "updates before the stop": _updates,
+    "images in all": _few,
+    "padded steps, share": _padding,
+}
+RULES = dict(zip(PLANTS, ("BN302", "BN305", "BN309", "BN308", "BN311", "BN307"), strict=True))
+STRENGTHS: Mapping[str, tuple[float, ...]] = dict(
+    zip(
+        PLANTS,
+        (
+            (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
+            (0.0, 0.25, 0.5, 0.75, 1.0),
+            (1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+            (5.0, 10.0, 15.0, 20.0, 28.0, 40.0),
+            (8.0, 16.0, 32.0, 64.0, 128.0),
+            (0.0, 0.02, 0.05, 0.1, 0.2, 0.4),
+        ),
+        strict=True,
+    )
+)
+
+
+def run(data: Path, plant: str, strength: float, seed: int) -> dict[str, float]:
+    """Whether the rule found what was planted, the largest value it measured, and its limit; 0 and NaN where it was silent."""
+    source = _source(data, seed)
+    case = PLANTS[plant](Case(_bed(data).model(), source.unlabelled(20)), strength, seed)
+    found = [f for f in diagnose(case.model, case.batches).findings if f.rule == RULES[plant]]
+    worst = max(found, key=lambda finding: finding.value, default=None)
+    return {
+        "found": float(worst is not None),
+        "value": worst.value if worst else float("nan"),
+        "limit": worst.limit if worst else float("nan"),
+    }
+
+
+def _bed(data: Path) -> ResNet20:
+    return ResNet20(data, 200, 200)
+
+
+@lru_cache(maxsize=3)
+def _source(data: Path, seed: int) -> Labelled:
+    """200 of the lossless training images, which the statistics fit."""
+    every = _bed(data).source(seed=seed)
+    chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(every.labels))[:200])
+    return Labelled(every.inputs[chosen], every.labels[chosen])
