@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.doctor import diagnose
-from renorm.errors import BatchError
+from renorm.errors import BatchError, UsageError
 from renorm.profile import profile
 from renorm.rules.base import PASSES, SEVERITIES, Finding, catalogue
 from renorm.rules.data_shift import DataShift
@@ -193,7 +194,7 @@ def test_the_model_is_the_same_afterwards() -> None:
     modes = [module.training for module in model.modules()]
     diagnose(model, [images(20, scale=3)])
     with pytest.raises(BatchError, match="NaN or infinite"):
-        diagnose(model, [images(20), torch.full((2, 3, 8, 8), math.nan)])
+        diagnose(model, [torch.full((2, 3, 8, 8), math.nan)])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -239,3 +240,66 @@ def test_a_real_network_on_its_own_data_and_on_low_contrast(contrast: float, hea
     inputs = model.preprocessing.tensor(torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
     diagnosis = diagnose(model.module, list(inputs.split(50)))
     assert diagnosis.healthy is healthy
+
+
+class Picky(nn.Module):
+    """Runs dark images only; the first layers see bright ones before it says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = trained()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        if float(x.max()) > 50:
+            raise RuntimeError("too bright\nby far")
+        return y
+
+
+def test_a_batch_that_the_model_cannot_run_is_told_and_the_rest_goes_on() -> None:
+    model = Picky().eval()
+    good = [images(50), images(50, seed=2)]
+    whole, without = diagnose(model, good), diagnose(model, [good[0], images(50, scale=40, offset=50), good[1]])
+    assert without.findings == whole.findings
+    assert without.distances == pytest.approx(whole.distances)
+    assert without.samples == 100
+    assert whole.notes == ()
+    assert without.notes == ("batch 1 was left out, for the model could not run it: too bright",)
+    with pytest.raises(RuntimeError, match="too bright"):
+        diagnose(model, [images(50, scale=40, offset=50)])
+
+
+def test_fixes_leave_out_what_could_not_be_run() -> None:
+    model = Picky().eval()
+    model.net[4].reset_running_stats()
+    nan = torch.full((2, 3, 8, 8), math.nan)
+    found = diagnose(model, [images(50), nan, images(50, seed=2)])
+    assert [f.rule for f in found.findings] == ["BN105"]
+    assert "NaN or infinite" in found.notes[0]
+    found.findings[0].fix_(model)
+    assert diagnose(model, [images(50)]).healthy
+
+
+def test_a_scripted_module_is_refused_with_the_way_out() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(trained(), images(2))
+    for model in (scripted, nn.Sequential(scripted)):
+        with pytest.raises(UsageError, match="renorm doctor --checkpoint"):
+            diagnose(model)
+
+
+def test_a_quantised_model_is_looked_at() -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = trained()[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch.quantize_per_tensor(x.repeat(1, 2, 1, 1), 0.1, 0, torch.qint8))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch gives its quantised tensors up
+        model = Quantised().eval()
+        model.norm.forward = lambda x: x.dequantize()  # type: ignore[method-assign]
+        assert set(diagnose(model, [images(50)]).distances) == {"norm"}

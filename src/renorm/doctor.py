@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from renorm.calls import Caller, Forward, Output
 from renorm.checkpoints import read
+from renorm.errors import UsageError
 from renorm.faces import Faces
 from renorm.facts import Facts
 from renorm.loop import optimizers_in
 from renorm.mend import Undoable
 from renorm.provenance import plain_names
 from renorm.rules.base import Finding, catalogue, worst_first
+from renorm.said import say
 from renorm.shift import Shift
 from renorm.sites import Site
 from renorm.stored import read_contents, skeleton
@@ -88,8 +90,11 @@ def diagnose(
     `optimizer` the one that is to train it, or several, for the rules about its groups (`watch` sees the loop itself).
     Without `batches` only the rules that need none run. A model without batch norm is healthy. The cheapest rules run
     first; one pass over the batches serves them all.
-    Raises BatchError for batches that cannot be used, CheckpointError for a file that cannot be read.
+    A batch that the model cannot run is left out and told in `notes`; where it can run none, the first failure is raised.
+    Raises BatchError for batches that cannot be used, CheckpointError for a file that cannot be read, UsageError for a
+    scripted module.
     """
+    _refuse_scripted(model)
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
     facts = Facts(model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer))
     return _judged(facts)
@@ -121,7 +126,23 @@ def _judged(facts: Facts) -> Diagnosis:
         unvisited=facts.observed.unvisited if seen else (),
         sites=facts.sites,
         samples=facts.observed.samples if seen else 0,
+        notes=tuple(_left_out(index, error) for index, error in facts.failed.items()),
     )
+
+
+def _left_out(index: int, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return say("batch {index} was left out, for the model could not run it: {reason}", index=index, reason=reason)
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"the doctor looks into Python modules, and {name or 'the model itself'!r} is a scripted or traced one; give "
+                "the module that it was made from, or look at its weights alone: torch.save(model.state_dict(), 'w.pt') and "
+                "renorm doctor --checkpoint w.pt."
+            )
 
 
 @dataclass(frozen=True)

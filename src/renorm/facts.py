@@ -67,7 +67,8 @@ class Facts:
     loop: Loop | None = None  # what a training loop did, where one was watched
     graph: tuple[Stored, ...] | None = None  # the batch norms of an exported file, which `model` is then made of
     settings: bool = True  # whether eps and momentum are the model's: a file of weights does not say
-    _kept: list[Any] = field(default_factory=list, repr=False, init=False)
+    _kept: dict[int, Any] = field(default_factory=dict, repr=False, init=False)
+    _failed: dict[int, Exception] = field(default_factory=dict, repr=False, init=False)
     _parts: list[Mapping[str, Observed]] = field(default_factory=list, repr=False, init=False)
 
     @cached_property
@@ -130,7 +131,9 @@ class Facts:
         """
         batches = self.batches if self.batches is not None else ()
         asked = batches if self.batch else islice(batches, 1)
-        passing = observing(self.model, self._keeping(asked), under="running", caller=self.caller)
+        passing = observing(
+            self.model, self._keeping(asked), under="running", caller=self.caller, failed=self._failed.__setitem__
+        )
         return finish(self._noting(passing), sites_to_observe(self.model), under="running")
 
     def _keeping(self, batches: Iterable[Any]) -> Iterable[Any]:
@@ -141,9 +144,9 @@ class Facts:
 
     def _remembering(self, batches: Iterable[Any]) -> Iterator[Any]:
         kept = 0
-        for batch in batches:
+        for index, batch in enumerate(batches):
             if kept < KEPT:
-                self._kept.append(batch)
+                self._kept[index] = batch
                 kept += read(batch).samples
             yield batch
 
@@ -153,8 +156,21 @@ class Facts:
                 if len(self._parts) < PARTS:
                     self._parts.append(dict(seen))
                 yield seen
+            if self._failed and not self._parts:
+                raise next(iter(self._failed.values()))  # none could be run: then that is what is wrong
         finally:
             passing.close()
+
+    @property
+    def failed(self) -> Mapping[int, Exception]:
+        """The batches that the model could not run, by number, and why; they are left out of everything."""
+        _ = self.observed if self.batches is not None else None
+        return self._failed
+
+    def _able(self) -> Iterable[Any]:
+        """The batches, to be read again, without those that the model could not run."""
+        batches = self.batches if self.batches is not None else ()
+        return _Without(batches, self._failed)  # which ones may not be known yet
 
     @cached_property
     def parts(self) -> list[dict[str, Observed]]:
@@ -170,7 +186,7 @@ class Facts:
     def few(self) -> list[Any]:
         """The first batches, KEPT samples or one batch more, as they came."""
         _ = self.observed
-        return self._kept
+        return [batch for index, batch in self._kept.items() if index not in self._failed]
 
     @cached_property
     def gap(self) -> Gap | None:
@@ -253,14 +269,25 @@ class Facts:
         if self.batches is None or isinstance(self.batches, Iterator):
             return None
         able = [name for name in names if name in self.held]
-        return reestimating(able, self.batches, self.caller, prior=0) if able else None
+        return reestimating(able, self._able(), self.caller, prior=0) if able else None
 
     @cached_property
     def recalibrate(self) -> Fix | None:
         """Recalibrates every site, keeping as much of the source as `prior="auto"` does; None as for `reestimate`."""
         if self.batches is None or isinstance(self.batches, Iterator) or not self.held:
             return None
-        return reestimating(list(self.held), self.batches, self.caller, prior="auto", source=self.source)
+        return reestimating(list(self.held), self._able(), self.caller, prior="auto", source=self.source)
+
+
+class _Without:
+    """Batches that can be read again, without those of some numbers."""
+
+    def __init__(self, batches: Iterable[Any], without: Mapping[int, Exception]) -> None:
+        self._batches = batches
+        self._without = without
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for index, batch in enumerate(self._batches) if index not in self._without)
 
 
 def _is_stopped(site: Site) -> bool:

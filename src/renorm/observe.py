@@ -57,9 +57,11 @@ def observing(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     caller: Caller,
+    failed: Callable[[int, Exception], None] | None = None,
 ) -> Generator[Observation]:
     """`observe` on this rank, yielding what was measured so far after every batch; close it to stop measuring.
 
+    A batch that the model cannot run is told to `failed`, with its number and the exception, and left out; without it, raised.
     Between two batches the model is still being watched, in evaluation and without gradients: read nothing else meanwhile.
     """
     if under not in ("batch", "running"):
@@ -80,8 +82,16 @@ def observing(
     samples = functional = 0
     with preserving(model), evaluating(model), visiting(model, sites, visit):
         for index, batch in nonempty(batches, asked="observe", required=_ranks() == 1):
-            with _FunctionalCalls(sites) if index == 0 else ExitStack() as watch:
-                samples += caller.run(model, batch, index=index).samples
+            before = dict(seen)
+            try:
+                with _FunctionalCalls(sites) if index == 0 else ExitStack() as watch:
+                    samples += caller.run(model, batch, index=index).samples
+            except Exception as error:
+                if failed is None:
+                    raise
+                seen = before  # what it sent into the layers in front of the one that failed
+                failed(index, error)
+                continue
             for (
                 tensor,
                 kept,
@@ -189,7 +199,7 @@ def measure(x: Tensor, *, axis: int = 1, exact: bool = False) -> Observed:
     Within 1e-6 of the float64 moments (relative, in standard deviations) with `exact`, whatever the mean; without it within
     about 1e-5 for float32 values, at the cost of a fraction of a batch norm. Shapes: x (N, C, *).
     """
-    x = x.detach()
+    x = x.detach().dequantize() if x.is_quantized else x.detach()
     x = x[:, None] if x.dim() == 1 else x.movedim(axis, 1)
     samples, positions = x.shape[0], x[0, 0].numel() if x.numel() else 0
     if not positions:

@@ -116,7 +116,7 @@ class Doctor(OnModel):
             diagnosis,
             known,
             self.model,
-            notes=(*told, *notes(model, dataset)),
+            notes=(*told, *diagnosis.notes, *notes(model, dataset)),
             origin=self.origin_of(model, dataset),
             left=left,
         )
