@@ -76,7 +76,7 @@ ROOMS = (
     ),
     *("recommend",),
     # edges: files, screens, users
-    *("preprocessing", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
+    *("preprocessing", "texts", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
 EDGES = ROOMS[ROOMS.index("preprocessing") :]
 FAMILIES = ("layers", "methods", "regularisers", "rules")  # folders with a base.py and a catalogue

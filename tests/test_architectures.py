@@ -17,21 +17,22 @@ from tests.data import shared
 
 @pytest.fixture(scope="module")
 def data() -> Path:
-    """The folder with both files, made of what there is."""
+    """The folder with all files, made of what there is."""
     shared("ecg_ds1.npz")
+    shared("amazon_reviews4.csv.gz")
     return shared("gas_drift.npz").parent
 
 
 def test_every_cell_has_its_own_key_and_a_place_in_the_table(data: Path) -> None:
     quick, cells = (list(Architectures(data, size).cells()) for size in SIZES)
     assert {cell.key for cell in quick} < {cell.key for cell in cells}
-    assert len({cell.key for cell in cells}) == len(cells) == 3 * (4 * 5 + 6 * 5) + 2 * 3 * 2 + 3 * 4
+    assert len({cell.key for cell in cells}) == len(cells) == 3 * (4 * 5 + 6 * 5 + 28) + 2 * 3 * 2 + 3 * 4
     values = ("accuracy", "error", "steps_to_goal", "seconds_to_goal", "training_seconds", "steps", "reconstruction")
     values += ("divergence", "floor", "bound", "information", "active")
     rows = [Row(cell, dict.fromkeys(values, 7.0)) for cell in cells]
     text = architectures_table.table(rows)
-    assert text.count("## ") == 5
-    assert text.count("- reached: ") == 4
+    assert text.count("## ") == 6
+    assert text.count("- reached: ") == 5
     assert text.count("- missed: ") == 2  # as many steps as the other; and 7 % is less than 75 %
     assert "| pixels | bnlstm | 7.0 (7.0–7.0) | 3/3 |" in text
     assert "| worst, against source | +0.0 | +0.0 | +0.0 | +0.0 | +0.0 |" in text

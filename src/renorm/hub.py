@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from renorm.errors import ModelError, UsageError, require
 from renorm.said import say, some
+from renorm.texts import Tokenize, tokenizer_of
 
 __all__ = ["HubModel", "Tokenize", "open_hub_model"]
-
-Tokenize = Callable[[list[str]], dict[str, Tensor]]
 
 # what PIL's numbers for resampling are called; nearest and the rest are rare, and bicubic is what renorm falls back to
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
@@ -75,7 +74,7 @@ def open_hub_model(name: str, *, num_classes: int | None = None, weights: bool =
         about |= pixels
         said += more
     module.pretrained_cfg = about  # type: ignore[assignment]  # timm's way of carrying it, so that it travels along
-    return HubModel(module, tokenize, is_text, notes + said)
+    return HubModel(module, tokenizer_of(module, tokenize), is_text, notes + said)
 
 
 def _task(name: str, config: Any, transformers: Any) -> str:

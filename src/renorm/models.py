@@ -4,7 +4,8 @@
     hf:ORG/NAME                hf:FOLDER
     file.py:factory            package.module:factory
 
-A factory is a module, or something that returns one when called without arguments (or with `num_classes=`).
+A factory is a module, or something that returns one when called without arguments (or with `num_classes=`). A module with
+a method `tokenize` takes texts (`texts.tokenizer_of`).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from renorm.checkpoints import Loaded, load_
 from renorm.conventions import foreign_conventions
 from renorm.errors import CheckpointError, ModelError, RenormError, UnknownName, UsageError, require
 from renorm.fold import load_folded_, was_folded
-from renorm.hub import HubModel, Tokenize, open_hub_model
+from renorm.hub import HubModel, open_hub_model
 from renorm.log import LOGGER
 from renorm.preprocessing import Preprocessing, preprocessing_of
 from renorm.said import say
+from renorm.texts import Tokenize, tokenizer_of
 
 __all__ = ["Model", "load_model", "open_model"]
 
@@ -119,7 +121,8 @@ def open_model(
         doubts += (say("weights are random (seed 0): give a checkpoint, or ask for the pretrained ones"),)
     doubts += foreign_conventions(module)
     notes = doubts
-    if preprocessing is None and not (hub and hub.is_text):
+    tokenize = hub.tokenize if hub else tokenizer_of(module)
+    if preprocessing is None and tokenize is None and not (hub and hub.is_text):
         notes += (
             say("the model does not say how pixels become its input (no `pretrained_cfg`): they are divided by 255"),
         )
@@ -131,7 +134,7 @@ def open_model(
         checkpoint=loaded,
         notes=notes,
         doubts=doubts,
-        tokenize=hub.tokenize if hub else None,
+        tokenize=tokenize,
     )
 
 

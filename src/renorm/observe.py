@@ -220,6 +220,24 @@ def measure(x: Tensor, *, axis: int = 1, exact: bool = False) -> Observed:
     return _observed(*_float64_sums(x, space), samples, positions)
 
 
+def present(x: Tensor, mask: Any, *, axis: int = 1) -> Tensor:
+    """The positions of `x` that count, one after another, channels along `axis`; `x` itself for another kind of mask.
+
+    Padding then moves no moments, as in training; each position counts as an image of its own.
+    Shapes: x (N, C, *), mask (N, *) or its first dimensions → (positions, C), with ones between if `axis` is above 1.
+    """
+    positions = x.movedim(axis, -1)
+    if (
+        not isinstance(mask, Tensor)
+        or mask.is_complex()
+        or mask.shape != positions.shape[: mask.dim()]
+        or not mask.dim()
+    ):
+        return x
+    chosen = positions[mask != 0].reshape(-1, x.shape[axis])
+    return chosen.reshape(len(chosen), *[1] * (axis - 1), x.shape[axis])
+
+
 def _ranks() -> int:
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -286,7 +304,8 @@ def _pooled(seen: Observation, sites: Sequence[Site]) -> Observation:
 def _hook(site: Site, visit: Callable[[Site, Tensor], None]) -> Callable[..., None]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = args[0] if args else next(iter(kwargs.values()))
-        visit(site, value)
+        mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
+        visit(site, value if mask is None else present(value, mask, axis=site.axis))
 
     return before
 

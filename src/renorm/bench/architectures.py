@@ -1,11 +1,11 @@
-"""Suite `architectures`: batch norm beyond images: recurrent, variational, tables and signals."""
+"""Suite `architectures`: batch norm beyond images: recurrent, variational, tables, signals and texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from renorm.bench import architectures_table, sequences, signals, variational
+from renorm.bench import architectures_table, reviews, sequences, signals, variational
 from renorm.bench.base import Cell, Row, Suite
 
 __all__ = ["Architectures"]
@@ -21,11 +21,11 @@ RATE = 3e-3
 
 
 class Architectures(Suite):
-    """Sequences of digits, digits written from a latent variable, gas sensors in time, heart beats of other patients."""
+    """Sequences of digits, digits written from a latent variable, gas sensors in time, heart beats, reviews."""
 
     name: ClassVar[str] = "architectures"
     revision: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("gas_drift.npz", "ecg_ds1.npz")
+    needs: ClassVar[tuple[str, ...]] = ("gas_drift.npz", "ecg_ds1.npz", reviews.FILE)
     timed: ClassVar[bool] = True
 
     def cells(self) -> Iterator[Cell]:
@@ -36,6 +36,10 @@ class Architectures(Suite):
             for patient in range(signals.LEFT_OUT):
                 for way in signals.WAYS:
                     yield Cell.of(part="ecg", case=str(patient), seed=seed, way=way)
+            for network in reviews.NETWORKS:
+                for group in reviews.TARGETS:
+                    for way in reviews.ways_of(network):
+                        yield Cell.of(part="text", network=network, case=group, seed=seed, way=way)
         for reading in (
             sequences.READINGS if self.size == "full" else ("rows",)
         ):  # 64 steps take a quarter of an hour more
@@ -55,6 +59,9 @@ class Architectures(Suite):
         if cell["part"] == "gas":
             model, source, parts = signals.gas(self.data, seed)
             return signals.adapted(way, model, source, parts[cell["case"]])
+        if cell["part"] == "text":
+            reader, read, goods = reviews.reviews(self.data, cell["network"], seed)
+            return reviews.adapted(way, reader, read, goods[cell["case"]])
         model, source, parts = signals.beats(self.data, seed)
         return signals.adapted(way, model, source, list(parts.values())[int(cell["case"])])
 

@@ -16,7 +16,7 @@ Goal = tuple[bool, str]
 
 def table(rows: Sequence[Row]) -> str:
     """What was to be reached, then each part that has rows: means over the seeds, and the least and most in brackets."""
-    parts = {"sequence": _sequence, "vae": _vae, "gas": _adapted, "ecg": _adapted}
+    parts = {"sequence": _sequence, "vae": _vae, "gas": _adapted, "ecg": _adapted, "text": _texts}
     chosen = {part: [row for row in rows if row.cell["part"] == part] for part in parts}
     goals = [goal for goal in (_reading(chosen), _kept_apart(chosen), _written(chosen), *_harmless(chosen)) if goal]
     judged = "\n".join(f"- {'reached' if met else 'missed'}: {words}" for met, words in goals)
@@ -63,7 +63,7 @@ def _written(rows: Parts) -> Goal | None:
 
 def _harmless(rows: Parts) -> Iterable[Goal]:
     """`check=` never more than half a point below the source; more where the sensors have moved."""
-    for part, name in (("gas", "gas"), ("ecg", "heart beats")):
+    for part, name in (("gas", "gas"), ("ecg", "heart beats"), ("text", "reviews")):
         gaps = _gaps(rows[part], "check")
         if gaps:
             lost = sum(gap < -0.5 for gap in gaps)
@@ -76,8 +76,14 @@ def _harmless(rows: Parts) -> Iterable[Goal]:
 
 def _gaps(rows: Sequence[Row], way: str) -> list[float]:
     """Accuracy of a way minus the source's, for every case and seed that both have."""
-    known = {(row.cell["case"], row.cell["seed"], row.cell["way"]): row.values["accuracy"] for row in rows}
+    known = {(_case(row), row.cell["seed"], row.cell["way"]): row.values["accuracy"] for row in rows}
     return [v - known[c, s, "source"] for (c, s, w), v in known.items() if w == way and (c, s, "source") in known]
+
+
+def _case(row: Row) -> str:
+    """What stands in the first column of a table of accuracies: the case, of several networks with the network's name."""
+    named = dict(row.cell.factors)
+    return f"{named['network']}, {named['case']}" if "network" in named else str(named["case"])
 
 
 OTHERS = ("bn", "annealing", "free_bits")
@@ -86,6 +92,7 @@ TITLES = {
     "vae": "Digits written pixel by pixel from a latent variable",
     "gas": "Gas sensors: trained on batches 1 and 2, accuracy on later ones (%)",
     "ecg": "Heart beats: patients that were left out, accuracy (%)",
+    "text": "Reviews: trained on books and films, accuracy on other goods (%)",
 }
 
 
@@ -130,6 +137,21 @@ def _adapted(rows: Sequence[Row]) -> str:
     worst = [_gaps(rows, way) for way in ways]
     lines.append(["worst, against source", *(f"{min(gaps):+.1f}" if gaps else "–" for gaps in worst)])
     return markdown.table(["batch" if not patients else "mean of", *ways], lines)
+
+
+def _texts(rows: Sequence[Row]) -> str:
+    ways = list(dict.fromkeys(row.cell["way"] for row in rows))
+    lines = []
+    for case in dict.fromkeys(map(_case, rows)):
+        found = [[r.values["accuracy"] for r in rows if r.cell["way"] == way and _case(r) == case] for way in ways]
+        lines.append([case, *(_spread(values, 1) for values in found)])
+    worst = [_gaps(rows, way) for way in ways]
+    lines.append(["worst, against source", *(f"{min(gaps):+.1f}" if gaps else "–" for gaps in worst)])
+    said = (
+        "1,500 reviews of each source, 500 measured. cnn: a batch norm that padding does not move; bilstm: batch norm at every "
+        "step; transformer: layer norm, from random weights. affine: 64 labelled reviews train the norm layers alone.\n"
+    )
+    return f"{said}\n{markdown.table(['network and goods', *ways], lines)}"
 
 
 def _grouped(rows: Sequence[Row], *factors: str) -> Iterable[tuple[tuple[str, ...], list[Row]]]:
