@@ -60,6 +60,9 @@ stubs: $(VENV)/core.stamp
 	$(BIN)/python -c "from renorm.family import stub; from renorm.regularisers.base import Regulariser; \
 	print(stub('renorm.regularisers', Regulariser), end='')" > $(VENV)/stub
 	mv $(VENV)/stub src/renorm/regularisers/__init__.pyi
+	$(BIN)/python -c "from renorm.family import stub; from renorm.online.base import Online; \
+	print(stub('renorm.online', Online), end='')" > $(VENV)/stub
+	mv $(VENV)/stub src/renorm/online/__init__.pyi
 
 # Take the newest versions of everything, then run the tests before committing the new constraints.
 lock:

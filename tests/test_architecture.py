@@ -34,6 +34,9 @@ ROOMS = (
     *(
         "methods",
         "recalibrate",
+        "online",
+        "stream",
+        "adapt",
         "regularisers",
         "feed",
         "heads",
@@ -79,7 +82,7 @@ ROOMS = (
     *("preprocessing", "texts", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
 EDGES = ROOMS[ROOMS.index("preprocessing") :]
-FAMILIES = ("layers", "methods", "regularisers", "rules")  # folders with a base.py and a catalogue
+FAMILIES = ("layers", "methods", "online", "regularisers", "rules")  # folders with a base.py and a catalogue
 
 EXTRAS = {
     *("timm", "torchvision", "PIL", "accelerate", "pandas", "pyarrow", "transformers", "datasets", "matplotlib"),
@@ -117,6 +120,7 @@ PUBLIC = (
         "split",
     ),
     *("Freeze", "Policy", "Split"),
+    *("adapt_", "Stream", "Guard"),
     *("Folded", "Exported"),
     *("finetune_", "FineTuned", "save_adapter", "load_adapter_", "Adapter", "serve_adapters", "Served"),
     *("Watch", "RenormError", "BatchError", "NoBatchNorm"),

@@ -1,5 +1,7 @@
 """renorm makes pretrained networks work on new data by getting their normalisation layers right."""
 
+from renorm.adapt import Stream as Stream
+from renorm.adapt import adapt_ as adapt_
 from renorm.adapters import Adapter as Adapter
 from renorm.adapters import load_adapter_ as load_adapter_
 from renorm.adapters import save_adapter as save_adapter
@@ -25,6 +27,7 @@ from renorm.freeze import frozen as frozen
 from renorm.freeze import unfreeze_ as unfreeze_
 from renorm.groups import check_groups as check_groups
 from renorm.groups import parameter_groups as parameter_groups
+from renorm.guard import Guard as Guard
 from renorm.moments import Moments as Moments
 from renorm.moments import Observed as Observed
 from renorm.observation import Observation as Observation
@@ -65,6 +68,7 @@ __all__ = [
     "Folded",
     "Freeze",
     "Gap",
+    "Guard",
     "Moments",
     "NoBatchNorm",
     "Observation",
@@ -77,7 +81,9 @@ __all__ = [
     "Shift",
     "Site",
     "Split",
+    "Stream",
     "Watch",
+    "adapt_",
     "apply_policy_",
     "check_groups",
     "convert_",

@@ -152,11 +152,12 @@ def sites_to_observe(
 
 
 @contextmanager
-def visiting(model: nn.Module, sites: Iterable[Site], visit: Callable[[Site, Tensor], None]) -> Iterator[None]:
+def visiting(model: nn.Module, sites: Iterable[Site], visit: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
     """Inside, `visit(site, x)` is called with the input of every normalisation at `sites`, just before it happens.
 
     In evaluation the layer then normalises by the statistics it holds, so that a visit that lets it hold others
-    (`Site.normalise_by_`) decides what normalises. Compiled parts run eagerly inside; no hook stays behind.
+    (`Site.normalise_by_`) decides what normalises. A tensor that the visit returns is normalised in place of `x`, except
+    at slots and where a mask says what is present, which take none. Compiled parts run eagerly inside; no hook stays behind.
     """
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
@@ -301,16 +302,23 @@ def _pooled(seen: Observation, sites: Sequence[Site]) -> Observation:
     )
 
 
-def _hook(site: Site, visit: Callable[[Site, Tensor], None]) -> Callable[..., None]:
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[0] if args else next(iter(kwargs.values()))
+def _hook(site: Site, visit: Callable[[Site, Tensor], Tensor | None]) -> Callable[..., Any]:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = "" if args else next(iter(kwargs))
+        value = args[0] if args else kwargs[name]
         mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
-        visit(site, value if mask is None else present(value, mask, axis=site.axis))
+        if mask is not None:  # what is present is no longer in the input's shape, so nothing can take its place
+            visit(site, present(value, mask, axis=site.axis))
+            return None
+        instead = visit(site, value)
+        if instead is None:
+            return None
+        return ((instead, *args[1:]), kwargs) if args else (args, {**kwargs, name: instead})
 
     return before
 
 
-def _on_slot(places: dict[str, Site], visit: Callable[[Site, Tensor], None]) -> Callable[[str, Tensor], None]:
+def _on_slot(places: dict[str, Site], visit: Callable[[Site, Tensor], Tensor | None]) -> Callable[[str, Tensor], None]:
     def before(slot: str, x: Tensor) -> None:
         if slot in places:
             visit(places[slot], x)

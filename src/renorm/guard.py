@@ -1,0 +1,180 @@
+"""Is online adaptation still safe? The source answers some samples too; whoever is surer where they part is believed."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from renorm.errors import UsageError
+from renorm.said import Said, say
+
+STRANGE = 12.0  # robust standard deviations of a sample's mean or log spread from those of the last samples: garbage
+REMEMBERED = 128  # samples whose mean and spread are kept to compare with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """When the adapted answers are given, when the source's, and when what was learnt is thrown away.
+
+    judged    share of the samples that the source answers too
+    learning  share of the samples that a method still learns from while the source answers
+    memory    judged samples after which what was found counts 1/e
+    limit     evidence, as in `trust`, above which the adapted model is believed
+    doubt     log odds that speak for the source before anything was judged, as if seen on one disagreeing sample each
+    collapse  a gradient method whose answers have less than this share of the source's marginal entropy starts anew
+    patience  judged steps in a row without belief after which a gradient method goes back to its last good state
+    good      steps between two good states that are kept
+    """
+
+    judged: float = 0.125
+    learning: float = 0.25
+    memory: float = 256.0
+    limit: float = 0.0
+    doubt: float = 2.0
+    collapse: float = 0.5
+    patience: int = 4
+    good: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("judged", "learning", "collapse"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"{name} of the guard is a share in (0, 1]; got {getattr(self, name)!r}.")
+        for name in ("memory", "patience", "good"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} of the guard is a number above 0; got {getattr(self, name)!r}.")
+
+
+class Verdict(NamedTuple):
+    """What the guard makes of a step: whom to believe, and what to do with what was learnt ("", "back" or "anew")."""
+
+    believed: bool
+    evidence: float
+    action: str
+    why: str
+
+
+class Watch:
+    """What the guard remembers of one stream.
+
+    A judged sample on which the two part adds the log odds by which each prefers its own answer. The adapted model is
+    believed while its mean exceeds the source's by `limit` of their sum.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.believed = False
+        self._owed = 0.0
+        self._forget()
+        self._recent: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+
+    def _forget(self) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64)  # margins: adapted, source; confidence: adapted, source
+        self._count = 0.0
+        self._mixes: Tensor | None = None  # (2, K): of the adapted answers, of the source's
+        self._against = 0
+
+    def rows(self, samples: int, share: float) -> Tensor:
+        """Which samples of a batch to take so that `share` of all are taken in the long run. Shapes: (n,) indices."""
+        self._owed += samples * share
+        take = min(samples, int(self._owed))
+        if samples < 16 and take:
+            take = samples  # a part of a small batch costs as much as all of it
+        self._owed -= take
+        return torch.arange(take) * max(1, samples // max(1, take))
+
+    def judge(self, adapted: Tensor, source: Tensor, *, moved: float, trains: bool) -> Verdict:
+        """Book some samples' class scores from both, and say what follows. Shapes: (n, K), (n, K)."""
+        if not bool(torch.isfinite(adapted).all()):
+            self.believed = False
+            return Verdict(False, -1.0, "anew" if trains else "", NOT_FINITE)
+        old = math.exp(-len(adapted) / self.guard.memory)
+        logs = [rows.detach().double().cpu().log_softmax(1) for rows in (adapted, source)]
+        answers = [rows.argmax(1, keepdim=True) for rows in logs]
+        part = (answers[0] != answers[1]).squeeze(1)
+        margins = [(logs[k].gather(1, answers[k]) - logs[k].gather(1, answers[1 - k])).squeeze(1) for k in (0, 1)]
+        confidence = [rows.amax(1).exp().sum() for rows in logs]
+        self._sums = old * self._sums + torch.stack([*(m[part].clamp_max(20).sum() for m in margins), *confidence])
+        self._count = old * self._count + len(adapted)
+        mixes = torch.stack([rows.exp().sum(0) for rows in logs])
+        self._mixes = mixes if self._mixes is None else old * self._mixes + mixes
+        evidence = self.evidence
+        self.believed = evidence > self.guard.limit
+        return self._follow(evidence, trains)
+
+    @property
+    def evidence(self) -> float:
+        """`(m_a − m_s) / (m_a + m_s)` with the guard's doubt on the source's side, in [−1, 1]."""
+        ours, theirs = float(self._sums[0]), float(self._sums[1]) + self.guard.doubt
+        return (ours - theirs) / (ours + theirs) if ours + theirs > 0 else 0.0
+
+    @property
+    def confidence(self) -> tuple[float, float]:
+        """Mean largest probability on judged samples: adapted, source; NaN before any."""
+        if not self._count:
+            return math.nan, math.nan
+        return float(self._sums[2]) / self._count, float(self._sums[3]) / self._count
+
+    def _follow(self, evidence: float, trains: bool) -> Verdict:
+        self._against = 0 if self.believed else self._against + 1
+        if not trains:
+            return Verdict(self.believed, evidence, "", "")
+        adapted, source = (_entropy(mix) for mix in self._mixes) if self._mixes is not None else (0.0, 0.0)
+        if self._count >= 32 and adapted < self.guard.collapse * source:
+            self._forget()
+            self.believed = False
+            why = say(
+                "the answers crowd into few classes: their mix has an entropy of {adapted:.2f} nats, the source's {source:.2f}",
+                adapted=adapted,
+                source=source,
+            )
+            return Verdict(False, evidence, "anew", why)
+        if self._against >= self.guard.patience:
+            why = say("in {steps} judged steps in a row the source was surer", steps=self._against)
+            self._forget()
+            return Verdict(self.believed, evidence, "back", why)
+        return Verdict(self.believed, evidence, "", "")
+
+    def strangers(self, x: Tensor) -> Tensor:
+        """Which samples are garbage: mean or log spread far from the last ones' medians. Shapes: x (N, C, *) → (N,) bool."""
+        flat = x.detach().flatten(1).float()
+        var, mean = torch.var_mean(flat, 1, correction=0)
+        now = torch.stack([mean, 0.5 * (var + 1e-12).log()], 1).cpu()
+        known = torch.tensor(list(self._recent)) if self._recent else now
+        known = torch.cat([known, now])
+        self._recent.extend((float(m), float(s)) for m, s in now.tolist())
+        if len(known) < 8:
+            return torch.zeros(len(now), dtype=torch.bool)
+        middle = known.median(0).values
+        spread = 1.4826 * (known - middle).abs().median(0).values
+        return ((now - middle).abs() > STRANGE * spread.clamp_min(1e-3)).any(1)
+
+    def state(self) -> dict[str, Tensor]:
+        """What is remembered, as named tensors."""
+        found = {
+            "sums": self._sums.clone(),
+            "scalars": torch.tensor([self._count, self._owed, float(self._against), float(self.believed)]),
+            "recent": torch.tensor(list(self._recent)).reshape(-1, 2),
+        }
+        return found if self._mixes is None else found | {"mixes": self._mixes.clone()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self._sums = state["sums"].clone()
+        self._count, self._owed, against, believed = state["scalars"].tolist()
+        self._against, self.believed = int(against), bool(believed)
+        self._mixes = state["mixes"].clone() if "mixes" in state else None
+        self._recent = deque(map(tuple, state["recent"].tolist()), maxlen=REMEMBERED)
+
+
+NOT_FINITE: Said = say("the adapted model gave numbers that are not finite")
+
+
+def _entropy(mix: Tensor) -> float:
+    p = mix / mix.sum().clamp_min(1e-12)
+    return float(-(p * p.clamp_min(1e-12).log()).sum())
