@@ -15,6 +15,7 @@ from renorm.errors import UsageError
 from renorm.said import Said, say
 
 STRANGE = 12.0  # robust standard deviations of a sample's mean or log spread from those of the last samples: garbage
+UNMOVED, MOVED = 0.05, 0.12  # `moved` at the first sites: JPEG images of CIFAR had 0.04, noisy photographs 0.12
 REMEMBERED = 128  # samples whose mean and spread are kept to compare with
 
 
@@ -25,7 +26,8 @@ class Guard:
     judged    share of the samples that the source answers too
     learning  share of the samples that a method still learns from while the source answers
     memory    judged samples after which what was found counts 1/e
-    limit     evidence, as in `trust`, above which the adapted model is believed
+    limit     evidence, as in `trust`, above which the adapted model is believed where the first sites show no shift
+    certain   by so much that limit falls where they show one for certain: a source that is surely wrong is sure all the same
     doubt     log odds that speak for the source before anything was judged, as if seen on one disagreeing sample each
     collapse  a gradient method whose answers have less than this share of the source's marginal entropy starts anew
     patience  judged steps in a row without belief after which a gradient method goes back to its last good state
@@ -35,8 +37,9 @@ class Guard:
     judged: float = 0.125
     learning: float = 0.25
     memory: float = 256.0
-    limit: float = 0.0
-    doubt: float = 2.0
+    limit: float = -0.08
+    certain: float = 0.4
+    doubt: float = 1.0
     collapse: float = 0.5
     patience: int = 4
     good: int = 8
@@ -63,7 +66,8 @@ class Watch:
     """What the guard remembers of one stream.
 
     A judged sample on which the two part adds the log odds by which each prefers its own answer. The adapted model is
-    believed while its mean exceeds the source's by `limit` of their sum.
+    believed while its mean exceeds the source's by a limit of their sum; how low that is follows from how far the target has
+    moved at the first sites, which other classes hardly move.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -104,7 +108,7 @@ class Watch:
         mixes = torch.stack([rows.exp().sum(0) for rows in logs])
         self._mixes = mixes if self._mixes is None else old * self._mixes + mixes
         evidence = self.evidence
-        self.believed = evidence > self.guard.limit
+        self.believed = evidence > limit(self.guard, moved)
         return self._follow(evidence, trains)
 
     @property
@@ -170,6 +174,12 @@ class Watch:
         self._against, self.believed = int(against), bool(believed)
         self._mixes = state["mixes"].clone() if "mixes" in state else None
         self._recent = deque(map(tuple, state["recent"].tolist()), maxlen=REMEMBERED)
+
+
+def limit(guard: Guard, moved: float) -> float:
+    """The evidence above which to believe, by `moved` at the first sites: lower by `certain` from 0.12 on, NaN counts as 0."""
+    shift = 0.0 if math.isnan(moved) else (moved - UNMOVED) / (MOVED - UNMOVED)
+    return guard.limit - guard.certain * min(1.0, max(0.0, shift))
 
 
 NOT_FINITE: Said = say("the adapted model gave numbers that are not finite")

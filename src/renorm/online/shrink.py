@@ -46,7 +46,7 @@ class Shrink(Online):
     name: ClassVar[str] = "shrink"
 
     floor: float = 0.25
-    gap: float = 0.02
+    gap: float = 0.03
     images: float = 16.0
     now: float = 0.3
     recall: float = 0.3
@@ -214,7 +214,7 @@ class _Shrinking(Running):
             t, v = at_home(*tally.pooled(), there, home, eps=eps)
             gap = self._profile.gap(name)
         far, images = moved(t, v, eps=eps), self._images + self._method.now * self._samples
-        self._far[name] = far
+        self._far[name] = far * images / (images + self._method.images)  # of few images all moments are far
         weight = (1 - self._method.floor) * far / (gap + far) * images / (images + self._method.images)
         held = self.held[name]
         self._weights[name] = weight
