@@ -1,0 +1,246 @@
+"""The table of suite `online`: mean errors by stream, regret against the source, and the targets with what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from renorm.bench.base import Row
+from renorm.bench.corruptions import CLEAN
+from renorm.bench.intervals import Interval, paired
+from renorm.bench.markdown import table as markdown
+
+__all__ = ["table"]
+
+ABOUT = """\
+Networks and images are described in `renorm/bench/beds.py`, streams in `renorm/bench/streams.py`. Errors are those of the
+answers that a stream gave as the images came, nothing is answered twice. A way is a method of `renorm.online` with its
+official defaults; `+profile` knows a profile of the source, `+guard` falls back to the source. Regret is a way's error minus
+the source's on the same stream, paired by shift and seed, with a 95 % t-interval; below 0 is better. `as_it_is` is the data
+without a corruption; for CIFAR-10 that is its JPEG version. Milliseconds are processor time per image of this run, on one
+thread, beside other work: compare within a table. A miss is left standing.
+"""
+FORWARD = ("batch", "prior", "ema", "unmix", "hybrid+profile", "lame")  # published, without gradients
+PUBLISHED = (*FORWARD, "tent", "eata", "rdumb", "roid", "tbr")
+
+
+class Point(NamedTuple):
+    """One stream: the error, in per cent, of every way on the same images in the same order."""
+
+    bed: str
+    shift: str
+    stream: str
+    batch: int
+    seed: int
+    values: dict[str, Mapping[str, float]]
+
+    def error(self, way: str) -> float:
+        return self.values[way]["error"]
+
+
+class Verdict(NamedTuple):
+    """One target sentence, what was measured, and whether it holds."""
+
+    target: str
+    measured: str
+    holds: bool
+
+
+def table(rows: Sequence[Row], ways: Iterable[str]) -> str:
+    """Targets first; then errors by stream and by shift, regret and worst regime of every way, and what it costs."""
+    points, ways = _points(rows), list(ways)
+    parts = [
+        ABOUT,
+        "## Targets\n",
+        markdown(("target", "measured", "verdict"), map(_judged, _targets(points)), words=3),
+    ]
+    for bed in dict.fromkeys(p.bed for p in points):
+        here = [p for p in points if p.bed == bed]
+        streams = list(dict.fromkeys((p.stream, p.batch) for p in here))
+        base = [p for p in here if (p.stream, p.batch) in streams]
+        parts.append(f"## {bed}: error in %, mean over shifts and seeds, by stream\n")
+        lines = []
+        for way in ways:
+            cells = [
+                _mean([p.error(way) for p in base if (p.stream, p.batch) == s and way in p.values]) for s in streams
+            ]
+            if any(cell != "–" for cell in cells):
+                lines.append([way, *cells])
+        parts.append(markdown(["way", *(f"{s}, {b}" for s, b in streams)], lines, words=1))
+        parts.append(f"## {bed}: error in %, in random order, by shift\n")
+        shifts = list(dict.fromkeys(p.shift for p in here))
+        lines = []
+        for way in ways:
+            cells = [
+                _mean(
+                    [
+                        p.error(way)
+                        for p in here
+                        if p.shift == s and (p.stream, p.batch) == ("iid", 64) and way in p.values
+                    ]
+                )
+                for s in shifts
+            ]
+            if any(cell != "–" for cell in cells):
+                lines.append([way, *cells])
+        parts.append(markdown(["way", *shifts], lines, words=1))
+    parts += ["## Regret against the source, and where it is worst\n", _regrets(points, ways)]
+    return "\n".join(parts)
+
+
+def _points(rows: Sequence[Row]) -> list[Point]:
+    found: dict[tuple[Any, ...], dict[str, Mapping[str, float]]] = {}
+    for row in rows:
+        cell = row.cell
+        kind = cell["stream"] + (" ×10" if cell["long"] else "")
+        key = cell["bed"], cell["shift"], kind, cell["batch"], cell["seed"]
+        found.setdefault(key, {})[cell["way"]] = row.values
+    return [Point(*key, values) for key, values in found.items() if "source" in values]
+
+
+def _regrets(points: Sequence[Point], ways: Sequence[str]) -> str:
+    lines = []
+    for way in ways:
+        cases = _cases(points, way, "source")
+        if not cases or way == "source":
+            continue
+        whole = paired([p.error(way) - p.error("source") for p in points if way in p.values])
+        worst, gap = max(cases.items(), key=lambda case: case[1].mean)
+        harmed = sum(interval.low > 0 and interval.mean > 0.5 for interval in cases.values())
+        both = [(p.values[way], p.values["source"]) for p in points if way in p.values and p.batch == 64]
+        times = [mine["milliseconds"] / plain["milliseconds"] for mine, plain in both]
+        lines.append(
+            [
+                way,
+                whole.text(),
+                f"{harmed} of {len(cases)}",
+                f"{gap.mean:+.1f}",
+                worst,
+                f"{np.median(times):.2f}" if times else "–",
+                f"{max(mine['state_bytes'] for mine, _ in both) / 1000:.0f}" if both else "–",
+            ]
+        )
+    head = ("way", "mean regret", "cells worse by > 0.5", "worst", "where", "time, × source", "state, kB")
+    return markdown(head, lines, words=5)
+
+
+def _cases(points: Sequence[Point], way: str, other: str) -> dict[str, Interval]:
+    """For each stream: how much worse `way` is than `other`, over the seeds."""
+    groups: dict[str, list[float]] = {}
+    for p in points:
+        if way in p.values and other in p.values:
+            groups.setdefault(f"{p.bed}, {p.shift}, {p.stream}, batches of {p.batch}", []).append(
+                p.error(way) - p.error(other)
+            )
+    return {case: paired(differences) for case, differences in groups.items()}
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1f}" if values else "–"
+
+
+def _judged(verdict: Verdict) -> tuple[str, str, str]:
+    return verdict.target, verdict.measured, "pass" if verdict.holds else "**miss**"
+
+
+# ── targets ──
+
+
+def _targets(points: Sequence[Point]) -> list[Verdict]:
+    return [verdict for judge in JUDGES for verdict in judge(points)]
+
+
+def _no_regret(points: Sequence[Point]) -> list[Verdict]:
+    found = []
+    for way in ("shrink+guard", "shrink+profile+guard"):
+        cases = _cases(points, way, "source")
+        if not cases:
+            continue
+        whole = paired([p.error(way) - p.error("source") for p in points if way in p.values])
+        found.append(Verdict(f"{way}: mean regret at most 0", whole.text(), whole.mean <= 0))
+        harmed = [case for case, gap in cases.items() if gap.low > 0 and gap.mean > 0.5]
+        worst, gap = max(cases.items(), key=lambda case: case[1].mean)
+        target = f"{way}: worse by more than 0.5 beyond the interval in at most 5 % of streams, never by more than 2"
+        text = f"{len(harmed)} of {len(cases)}; largest mean {gap.text()} ({worst})"
+        found.append(Verdict(target, text, len(harmed) <= 0.05 * len(cases) and gap.mean <= 2))
+        for order in ("iid", "bursts", "sorted"):
+            clean = [
+                p.error(way) - p.error("source")
+                for p in points
+                if _is(p, order) and p.shift == CLEAN and way in p.values
+            ]
+            if clean:
+                gap = paired(clean)
+                most = 1.5 if order == "sorted" and "profile" in way else 0.5
+                found.append(Verdict(f"{way}: clean, {order}: at most {most:g} worse", gap.text(), gap.mean <= most))
+    return found
+
+
+def _is(p: Point, order: str, batch: int = 64) -> bool:
+    return p.stream == order and p.batch == batch
+
+
+def _against_published(points: Sequence[Point]) -> list[Verdict]:
+    found = []
+    for bed in dict.fromkeys(p.bed for p in points):
+        for order, batch, others, most in (
+            ("iid", 64, PUBLISHED, 1.0),
+            ("iid", 16, FORWARD, 1.0),
+            ("iid", 1, FORWARD, 1.0),
+            ("sorted", 64, ("source", *FORWARD), 0.0),
+        ):
+            here = [p for p in points if p.bed == bed and _is(p, order, batch) and "shrink+guard" in p.values]
+            means = {
+                w: np.mean([p.error(w) for p in here if w in p.values])
+                for w in others
+                if any(w in p.values for p in here)
+            }
+            if not means:
+                continue
+            best = min(means, key=lambda way: means[way])
+            gap = paired([p.error("shrink+guard") - p.error(best) for p in here if best in p.values])
+            target = f"{bed}, {order}, batches of {batch}: shrink+guard within {most:g} of the best of {len(means)} other ways"
+            found.append(Verdict(target, f"{gap.text()} against {best}", gap.mean <= most))
+    return found
+
+
+def _orders(points: Sequence[Point]) -> list[Verdict]:
+    """How much worse one stream is than another made of the same images."""
+    found = []
+    for bed in dict.fromkeys(p.bed for p in points):
+        for way, order, batch, most in (
+            ("shrink", "bursts", 64, 3.0),
+            ("shrink", "iid", 1, 1.5),
+            ("shrink+profile", "bursts", 64, 2.0),
+            ("shrink+profile", "sorted", 64, 3.0),
+            ("shrink+profile", "iid", 1, 1.0),
+        ):
+            iid = {
+                (p.shift, p.seed): p.error(way) for p in points if p.bed == bed and _is(p, "iid") and way in p.values
+            }
+            gaps = [
+                p.error(way) - iid[p.shift, p.seed]
+                for p in points
+                if p.bed == bed and _is(p, order, batch) and way in p.values and (p.shift, p.seed) in iid
+            ]
+            if gaps:
+                gap = paired(gaps)
+                name = f"{bed}, {way}: {order}, batches of {batch}, within {most:g} of random order in batches of 64"
+                found.append(Verdict(name, gap.text(), gap.mean <= most))
+    return found
+
+
+def _guarded(points: Sequence[Point]) -> list[Verdict]:
+    found = []
+    for way in ("tent+guard", "eata+guard", "rdumb+guard", "roid+guard", "tbr+guard"):
+        cases = _cases(points, way, "source")
+        if cases:
+            worst, gap = max(cases.items(), key=lambda case: case[1].mean)
+            target = f"{way}: never more than 1 worse than the source"
+            found.append(Verdict(target, f"largest mean {gap.text()} ({worst})", gap.mean <= 1))
+    return found
+
+
+JUDGES: tuple[Callable[[Sequence[Point]], list[Verdict]], ...] = (_no_regret, _against_published, _orders, _guarded)
