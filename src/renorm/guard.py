@@ -23,22 +23,26 @@ REMEMBERED = 128  # samples whose mean and spread are kept to compare with
 class Guard:
     """When the adapted answers are given, when the source's, and when what was learnt is thrown away.
 
-    judged    share of the samples that the source answers too
+    first     so many samples at the start are answered by both, and all of them teach
+    judged    share of the later samples that the source answers too
     learning  share of the samples that a method still learns from while the source answers
     memory    judged samples after which what was found counts 1/e
     limit     evidence, as in `trust`, above which the adapted model is believed where the first sites show no shift
     certain   by so much that limit falls where they show one for certain: a source that is surely wrong is sure all the same
+    surer     by so much the limit is raised for methods that train the model to be sure
     doubt     log odds that speak for the source before anything was judged, as if seen on one disagreeing sample each
     collapse  a gradient method whose answers have less than this share of the source's marginal entropy starts anew
     patience  judged steps in a row without belief after which a gradient method goes back to its last good state
     good      steps between two good states that are kept
     """
 
+    first: int = 256
     judged: float = 0.125
     learning: float = 0.25
     memory: float = 256.0
     limit: float = -0.08
     certain: float = 0.4
+    surer: float = 0.2
     doubt: float = 1.0
     collapse: float = 0.5
     patience: int = 4
@@ -74,6 +78,7 @@ class Watch:
         self.guard = guard
         self.believed = False
         self._owed = 0.0
+        self._came = 0
         self._forget()
         self._recent: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
 
@@ -84,7 +89,10 @@ class Watch:
         self._against = 0
 
     def rows(self, samples: int, share: float) -> Tensor:
-        """Which samples of a batch to take so that `share` of all are taken in the long run. Shapes: (n,) indices."""
+        """Which samples of a batch to take: `share` of all in the long run, and every one at first. Shapes: (n,) indices."""
+        self._came += samples
+        if self._came - samples < self.guard.first:
+            return torch.arange(samples)
         self._owed += samples * share
         take = min(samples, int(self._owed))
         if samples < 16 and take:
@@ -108,7 +116,7 @@ class Watch:
         mixes = torch.stack([rows.exp().sum(0) for rows in logs])
         self._mixes = mixes if self._mixes is None else old * self._mixes + mixes
         evidence = self.evidence
-        self.believed = evidence > limit(self.guard, moved)
+        self.believed = evidence > limit(self.guard, moved) + trains * self.guard.surer
         return self._follow(evidence, trains)
 
     @property
@@ -162,7 +170,9 @@ class Watch:
         """What is remembered, as named tensors."""
         found = {
             "sums": self._sums.clone(),
-            "scalars": torch.tensor([self._count, self._owed, float(self._against), float(self.believed)]),
+            "scalars": torch.tensor(
+                [self._count, self._owed, self._against, self.believed, self._came], dtype=torch.float64
+            ),
             "recent": torch.tensor(list(self._recent)).reshape(-1, 2),
         }
         return found if self._mixes is None else found | {"mixes": self._mixes.clone()}
@@ -170,8 +180,8 @@ class Watch:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave."""
         self._sums = state["sums"].clone()
-        self._count, self._owed, against, believed = state["scalars"].tolist()
-        self._against, self.believed = int(against), bool(believed)
+        self._count, self._owed, against, believed, came = state["scalars"].tolist()
+        self._against, self.believed, self._came = int(against), bool(believed), int(came)
         self._mixes = state["mixes"].clone() if "mixes" in state else None
         self._recent = deque(map(tuple, state["recent"].tolist()), maxlen=REMEMBERED)
 

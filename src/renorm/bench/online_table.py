@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -91,13 +91,17 @@ def table(rows: Sequence[Row], ways: Iterable[str]) -> str:
 
 
 def _points(rows: Sequence[Row]) -> list[Point]:
-    found: dict[tuple[Any, ...], dict[str, Mapping[str, float]]] = {}
+    found: dict[tuple[str, str, str, int, int], dict[str, Mapping[str, float]]] = {}
     for row in rows:
         cell = row.cell
         kind = cell["stream"] + (" ×10" if cell["long"] else "")
         key = cell["bed"], cell["shift"], kind, cell["batch"], cell["seed"]
         found.setdefault(key, {})[cell["way"]] = row.values
-    return [Point(*key, values) for key, values in found.items() if "source" in values]
+    return [
+        Point(bed, shift, kind, batch, seed, values)
+        for (bed, shift, kind, batch, seed), values in found.items()
+        if "source" in values
+    ]
 
 
 def _regrets(points: Sequence[Point], ways: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -19,9 +19,12 @@ from renorm.errors import UnknownName, UsageError
 from renorm.family import members
 from renorm.moments import TINY, Moments
 from renorm.profile import Profile
+from renorm.shift import Shift
 from renorm.sites import Site
 
 State = dict[str, Tensor]
+FEW = 16.0  # images whose moments are as much chance as shift
+RECENT = 512.0  # images that the distance at the first sites remembers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +216,45 @@ def as_if(site: Site, x: Tensor, mean: Tensor, var: Tensor, held: Moments) -> Te
     scale = ((held.var.to(var) + site.eps) / (var + site.eps)).sqrt()
     shifted = held.mean.to(mean) - mean * scale
     return (moved * scale.view(shape).to(x.dtype) + shifted.view(shape).to(x.dtype)).movedim(1, site.axis)
+
+
+class Early:
+    """How far the stream's recent images lie from the source at the first sites, where other classes hardly show.
+
+    The first three sites, or a quarter of them where that is fewer, over the last 512 images or so.
+    """
+
+    def __init__(self, sites: Sequence[Site], held: Mapping[str, Moments]) -> None:
+        self._held = {site.name: held[site.name] for site in first_sites(sites) if site.name in held}
+        self._eps = {site.name: site.eps for site in sites}
+        self._seen: dict[str, Moments] = {}
+        self._images: dict[str, float] = {}
+
+    def see(self, site: Site, x: Tensor) -> None:
+        """Book what comes to `site`, if it is one of the first."""
+        if site.name not in self._held or (now := glance(x, axis=site.axis, rows=8)) is None:
+            return
+        samples = float(x.shape[0])
+        images = self._images.get(site.name, 0.0)
+        before = self._seen.get(site.name, now)
+        self._seen[site.name] = before.blend(now, source_weight=images / (images + samples))
+        self._images[site.name] = min(images + samples, RECENT)
+
+    @property
+    def moved(self) -> float:
+        """Mean over these sites of `Shift.moved`, less for few images; NaN before any."""
+        far = [
+            Shift.between(self._held[name], seen, eps=self._eps[name]).moved
+            * self._images[name]
+            / (self._images[name] + FEW)
+            for name, seen in self._seen.items()
+        ]
+        return sum(far) / len(far) if far else math.nan
+
+
+def first_sites(sites: Sequence[Site]) -> Sequence[Site]:
+    """The first three, or a quarter of them where that is fewer, and one at the least."""
+    return sites[: max(1, min(3, len(sites) // 4))]
 
 
 def packed(parts: Mapping[str, Moments]) -> State:

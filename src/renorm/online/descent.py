@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from renorm.errors import UnknownName, UsageError
-from renorm.online.base import Online, Running, State, Subject, check_positive
+from renorm.online.base import Early, Online, Running, State, Subject, check_positive
 from renorm.sites import Site
 
 OPTIMISERS = ("adam", "sgd")
@@ -56,6 +56,7 @@ class Descending(Running):
             )
         self.origin: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.skipped = 0
+        self._early = Early(subject.sites, self.held)
         held = list(self.parameters.values())
         adam = method.optimiser == "adam"
         self._optimiser: torch.optim.Optimizer = (
@@ -63,7 +64,12 @@ class Descending(Running):
         )
 
     def visit(self, site: Site, x: Tensor) -> Tensor | None:
+        self._early.see(site, x)
         return by_batch(site, x)
+
+    @property
+    def moved(self) -> float:
+        return self._early.moved
 
     def finish(self, logits: Tensor) -> None:
         loss = self.loss(logits)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from renorm.moments import Moments
-from renorm.online.base import Running, State, Subject, glance, packed, unpacked
+from renorm.online.base import Early, Running, State, Subject, glance, packed, unpacked
 from renorm.sites import Site
 
 
@@ -18,14 +18,20 @@ class Lending(Running):
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
         self._samples = 0
+        self._early = Early(subject.sites, self.held)
 
     def begin(self, samples: int, batch: object, *, learn: bool) -> None:
         self._samples = samples
 
     def visit(self, site: Site, x: Tensor) -> None:
+        self._early.see(site, x)
         seen = glance(x, axis=site.axis)
         if seen is not None:
             site.normalise_by_(self.lent(site, seen, self._samples))
+
+    @property
+    def moved(self) -> float:
+        return self._early.moved
 
     @abstractmethod
     def lent(self, site: Site, seen: Moments, samples: int) -> Moments:

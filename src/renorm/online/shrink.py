@@ -12,7 +12,17 @@ from torch import Tensor
 
 from renorm.errors import UsageError
 from renorm.moments import TINY, Moments
-from renorm.online.base import Online, Running, State, Subject, check_positive, check_share, glance, source_units
+from renorm.online.base import (
+    Online,
+    Running,
+    State,
+    Subject,
+    check_positive,
+    check_share,
+    first_sites,
+    glance,
+    source_units,
+)
 from renorm.profile import Profile
 from renorm.sites import Site
 
@@ -121,7 +131,7 @@ class _Shrinking(Running):
         self._method = method
         self._sites = {site.name: site for site in subject.sites}
         self._eps = {name: site.eps / self.held[name].var.clamp_min(TINY) for name, site in self._sites.items()}
-        self._early = tuple(self._sites)[: max(1, min(3, len(self._sites) // 4))]
+        self._early = tuple(site.name for site in first_sites(subject.sites))
         channels = sum(len(held.mean) for held in self.held.values())
         self._most = max(1, GROUPED // max(1, 2 * channels))
         profile = subject.source

@@ -58,6 +58,7 @@ class _Renormalising(Descending):
         self._now = {}
 
     def visit(self, site: Site, x: Tensor) -> Tensor | None:
+        self._early.see(site, x)
         seen = glance(x, axis=site.axis)
         held = self.held[site.name]
         if seen is None:
