@@ -32,6 +32,7 @@ class Step:
     samples     in the batch; `left_out` of them held numbers that are not finite, or were garbage, and taught nothing
     believed    whether the answers are the adapted model's, else the source's
     weight      the target's mean share in what normalised
+    moved       how far the target lay from the source at the first sites, as `Shift.moved`; NaN where the method is blind to it
     evidence    what the guard has for the adapted model against the source, in [−1, 1]; NaN without a guard
     confidence  mean largest probability on judged samples: adapted, source; NaN before any
     action      "", "back" (to the last good state) or "anew" (from the source), and `why`
@@ -42,6 +43,7 @@ class Step:
     left_out: int
     believed: bool
     weight: float
+    moved: float
     evidence: float
     confidence: tuple[float, float]
     action: str
@@ -292,6 +294,7 @@ class Stream:
                 left_out=left_out,
                 believed=verdict.believed,
                 weight=self._running.target_weight,
+                moved=self._running.moved,
                 evidence=verdict.evidence,
                 confidence=self._watch.confidence if self._watch is not None else (nan, nan),
                 action=verdict.action,

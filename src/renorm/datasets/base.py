@@ -74,7 +74,8 @@ class Dataset:
     """Data that was opened: `labels`, `order` and `batches` go together; `order` counts samples as they stand in the file.
 
     `classes` are the names of the labels 0, 1, …; None where the data does not say. `groups` name the group of each sample
-    (a hospital, a camera) in the order of `order`; None where none was asked for.
+    (a hospital, a camera) in the order of `order`; None where none was asked for. `names` are what the samples are called
+    as they stand in the file: paths below a folder, keys of a shard; None where they have no names.
     """
 
     spec: str
@@ -86,6 +87,7 @@ class Dataset:
     fingerprint: str
     notes: tuple[str, ...]
     groups: tuple[str, ...] | None = None
+    names: Sequence[str] | None = None
 
 
 def assemble(
@@ -100,6 +102,7 @@ def assemble(
     notes: tuple[str, ...],
     groups: Sequence[object] | None = None,
     order: Indices | None = None,
+    names: Sequence[str] | None = None,
 ) -> Dataset:
     """A data set of `total` samples with `labels` and `groups` as they stand in the file, read in the order asked for.
 
@@ -128,6 +131,7 @@ def assemble(
         fingerprint=fingerprint,
         notes=notes,
         groups=None if groups is None else tuple(str(groups[k]) for k in order),
+        names=names,
     )
 
 

@@ -63,6 +63,7 @@ def read(root: Path, options: Options) -> Dataset:
         groups=groups,
         fingerprint="sha256 of names and sizes:" + files.fingerprint,
         notes=notes,
+        names=files.names,
     )
 
 

@@ -108,6 +108,7 @@ def read(spec: str, options: Options) -> Dataset:
         groups=_each(spec, held, (options.group,), "group") if options.group else None,
         fingerprint="sha256 of names and sizes:" + digest,
         notes=notes,
+        names=[sample.key for sample in held],
     )
 
 
