@@ -1,6 +1,5 @@
 """renorm makes pretrained networks work on new data by getting their normalisation layers right."""
 
-from renorm.adapt import Stream as Stream
 from renorm.adapt import adapt_ as adapt_
 from renorm.adapters import Adapter as Adapter
 from renorm.adapters import load_adapter_ as load_adapter_
@@ -48,6 +47,7 @@ from renorm.sites import Site as Site
 from renorm.sites import find_sites as find_sites
 from renorm.split import Split as Split
 from renorm.split import split as split
+from renorm.stream import Stream as Stream
 from renorm.surgery import Conversion as Conversion
 from renorm.surgery import convert_ as convert_
 from renorm.verify import Gap as Gap

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from renorm.errors import UsageError
 from renorm.online.base import Running, State, Subject
-from renorm.online.descent import Descending, Gradient, entropy
+from renorm.online.kinds.descent import Descending, Gradient, entropy
 
 
 @dataclass(frozen=True, kw_only=True)

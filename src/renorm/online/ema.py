@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from renorm.moments import Moments
 from renorm.online.base import Online, Running, Subject, check_share
-from renorm.online.lending import Following
+from renorm.online.kinds.lending import Following
 from renorm.sites import Site
 
 

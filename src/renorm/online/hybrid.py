@@ -11,7 +11,7 @@ from torch import Tensor
 
 from renorm.moments import Moments
 from renorm.online.base import Online, Running, State, Subject, check_share, profile_of
-from renorm.online.lending import Lending
+from renorm.online.kinds.lending import Lending
 from renorm.profile import Profile
 from renorm.shift import Shift
 from renorm.sites import Site

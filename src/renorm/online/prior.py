@@ -8,7 +8,7 @@ from typing import ClassVar
 from renorm.errors import UsageError
 from renorm.moments import Moments
 from renorm.online.base import Online, Running, Subject
-from renorm.online.lending import Lending
+from renorm.online.kinds.lending import Lending
 from renorm.sites import Site
 
 

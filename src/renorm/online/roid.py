@@ -12,7 +12,7 @@ from torch import Tensor
 
 from renorm.calls import map_tensors
 from renorm.online.base import Running, State, Subject, check_positive, check_share
-from renorm.online.descent import Descending, Gradient
+from renorm.online.kinds.descent import Descending, Gradient
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from renorm.moments import Moments
 from renorm.online.base import Running, State, Subject, as_if, check_share, glance, packed, unpacked
-from renorm.online.descent import Descending, Gradient, entropy
+from renorm.online.kinds.descent import Descending, Gradient, entropy
 from renorm.sites import Site
 
 

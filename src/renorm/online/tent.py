@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from renorm.online.base import Running, Subject
-from renorm.online.descent import Descending, Gradient, entropy
+from renorm.online.kinds.descent import Descending, Gradient, entropy
 
 
 @dataclass(frozen=True, kw_only=True)

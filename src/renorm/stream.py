@@ -1,0 +1,366 @@
+"""A model on a stream of unlabelled batches: answer, learn, judge, fall back to the source, give the model back."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from renorm.calls import map_arrays, map_tensors, read, tensors_in
+from renorm.errors import BatchError, UsageError
+from renorm.guard import Guard, Verdict, Watch
+from renorm.observe import visiting
+from renorm.online.base import Online, Subject, rows_of
+from renorm.said import say
+from renorm.sites import walk
+from renorm.state import Undo
+
+LOGGED = 10_000  # steps that the log keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One row of a stream's log.
+
+    samples     in the batch; `left_out` of them held numbers that are not finite, or were garbage, and taught nothing
+    believed    whether the answers are the adapted model's, else the source's
+    weight      the target's mean share in what normalised
+    moved       how far the target lay from the source at the first sites, as `Shift.moved`; NaN where the method is blind to it
+    evidence    what the guard has for the adapted model against the source, in [−1, 1]; NaN without a guard
+    confidence  mean largest probability on judged samples: adapted, source; NaN before any
+    action      "", "back" (to the last good state) or "anew" (from the source), and `why`
+    """
+
+    step: int
+    samples: int
+    left_out: int
+    believed: bool
+    weight: float
+    moved: float
+    evidence: float
+    confidence: tuple[float, float]
+    action: str
+    why: str
+
+
+class Stream:
+    """A model under online adaptation: `stream(batch)` gives logits and learns; made by `adapt_`.
+
+    A call that fails changes nothing. Between calls the model holds what the next batch would start from, so that it can be
+    evaluated or saved as it stands; `restore_` gives it back as it was before `adapt_`, bit for bit.
+
+    log   a `Step` for each call, the last 10,000 of them
+    """
+
+    def __init__(self, subject: Subject, method: Online, guard: Guard | None) -> None:
+        self.method: Online = method
+        self.log: deque[Step] = deque(maxlen=LOGGED)
+        self._subject, self._guard = subject, guard
+        touched = {site.name: site.module for site in (*subject.sites, *subject.norms)}
+        self._source = _Source(subject)
+        self._undo = Undo("adapt_", touched, parameters=True)
+        self._modules = [module for _, module in walk(subject.model)]
+        try:
+            with self._ready(training=False):
+                self._running = method.start(subject)
+        except BaseException:
+            self._undo.restore_()
+            raise
+        self._watch = Watch(guard) if guard else None
+        self._first: dict[str, Tensor] = self._running.state()
+        self._good: dict[str, Tensor] | None = None
+        self._steps = 0
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Logits for the batch, and the stream has learnt from it.
+
+        Samples with numbers that are not finite get NaN. Raises BatchError for a batch without samples or of a shape that
+        the model cannot take; the state is then what it was.
+        """
+        self._refuse_closed()
+        batch = map_arrays(batch)
+        total = self._samples(batch)
+        sound = self._finite(batch, total)
+        kept = batch if bool(sound.all()) else _rows(batch, sound.nonzero().flatten(), total)
+        if not bool(sound.any()):
+            return self._unanswerable(batch, total)
+        learnt = self._learnable(kept, int(sound.sum()))
+        try:
+            answer, verdict = self._answered(kept, int(sound.sum()), learnt)
+        except BaseException:
+            self._running.settle()  # what layers were lent goes with the failure
+            raise
+        self._steps += 1
+        self._act(verdict)
+        left_out = total - int(learnt.sum())
+        self._note(total, left_out, verdict)
+        if answer.shape[0] == total:
+            return answer
+        whole = torch.full((total, *answer.shape[1:]), torch.nan, dtype=answer.dtype, device=answer.device)
+        whole[sound] = answer
+        return whole
+
+    def predict(self, batch: Any) -> Tensor:
+        """Logits for the batch as the stream would answer now; nothing is learnt and nothing is logged."""
+        self._refuse_closed()
+        if self._watch is not None and not self._watch.believed:
+            return self._by_source(batch)
+        with self._ready(training=False):
+            return self._adapted(batch, self._samples(batch), learn=False)[1].detach()
+
+    def reset_(self) -> None:
+        """Begin the stream anew, from the source: nothing learnt is left but the log."""
+        self._refuse_closed()
+        self._source.write_()
+        with self._ready(training=False):
+            self._running = self.method.start(self._subject)
+        self._watch = Watch(self._guard) if self._guard else None
+        self._good = None
+
+    def restore_(self) -> None:
+        """End the stream and give the model back as it was before `adapt_`, bit for bit; a second call does nothing.
+
+        Raises OpenChange where a later change at the same layers still stands.
+        """
+        self._undo.restore_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything learnt, as tensors; `load_state_dict` in a new stream of the same model and method goes on from there."""
+        found = {f"method.{name}": value for name, value in self._running.state().items()}
+        if self._watch is not None:
+            found |= {f"guard.{name}": value for name, value in self._watch.state().items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state. Raises UsageError, with the stream as it was, for one of another model, method or guard."""
+        self._refuse_closed()
+        before = self._running.state()
+        try:
+            self._running.load(_below("method.", state))
+            if self._watch is not None:
+                self._watch.load(_below("guard.", state))
+        except (KeyError, RuntimeError, ValueError) as error:
+            self._running.load(before)
+            raise UsageError(
+                f"a state was to be loaded into a stream of {self.method.name!r} on this model, and does not fit it: {error}. "
+                "Load what state_dict() of such a stream gave."
+            ) from error
+
+    # ── one step ──
+
+    def _answered(self, batch: Any, samples: int, learnt: Tensor) -> tuple[Tensor, Verdict]:
+        """The answer to a batch, of which the samples `learnt` may teach; and what the guard made of it."""
+        lesson = _Lesson(batch, samples, learnt)
+        if self._watch is None:
+            return self._taught(lesson)[1], Verdict(True, float("nan"), "", "")
+        return self._trusting(lesson, self._watch) if self._watch.believed else self._doubting(lesson, self._watch)
+
+    def _trusting(self, lesson: _Lesson, watch: Watch) -> tuple[Tensor, Verdict]:
+        """The adapted model answers, and the source a few samples, so that belief can end."""
+        judged = watch.rows(lesson.count, watch.guard.judged)
+        rows, answer = self._taught(lesson)
+        verdict = Verdict(True, watch.evidence, "", "")
+        if len(judged):
+            home = self._source_rows(_rows(lesson.batch, judged, lesson.count))
+            verdict = self._judged(watch, rows[judged], home)
+        return (answer if verdict.believed else self._by_source(lesson.whole)), verdict
+
+    def _doubting(self, lesson: _Lesson, watch: Watch) -> tuple[Tensor, Verdict]:
+        """The source answers, and the method learns from a few samples, so that belief can begin."""
+        answer = self._by_source(lesson.whole)
+        judged = watch.rows(lesson.count, watch.guard.learning)
+        if not len(judged):
+            return answer, Verdict(False, watch.evidence, "", "")
+        part = _rows(lesson.batch, judged, lesson.count)
+        rows, _ = self._learn(part, len(judged))
+        home = rows_of(answer, lesson.samples)[lesson.at[judged]]
+        verdict = self._judged(watch, rows, home)
+        return (self._whole(lesson.whole, lesson.samples) if verdict.believed else answer), verdict
+
+    def _judged(self, watch: Watch, adapted: Tensor, source: Tensor) -> Verdict:
+        return watch.judge(adapted, source, moved=self._running.moved, trains=self._running.trains)
+
+    def _taught(self, lesson: _Lesson) -> tuple[Tensor, Tensor]:
+        """Rows of class scores of what taught, and the answer to the whole batch."""
+        if not lesson.count:
+            return torch.zeros(0, 2), self._whole(lesson.whole, lesson.samples)
+        rows, logits = self._learn(lesson.batch, lesson.count)
+        return rows, logits if lesson.count == lesson.samples else self._whole(lesson.whole, lesson.samples)
+
+    def _learn(self, batch: Any, samples: int) -> tuple[Tensor, Tensor]:
+        """The rows of class scores and the logits in full of a batch that the method then learns from."""
+        with self._ready(training=self._running.trains):
+            rows, logits = self._adapted(batch, samples, learn=True)
+            self._running.finish(rows)
+        self._running.settle()
+        return rows.detach(), logits.detach()
+
+    def _whole(self, batch: Any, samples: int) -> Tensor:
+        with self._ready(training=False):
+            logits = self._adapted(batch, samples, learn=False)[1].detach()
+        self._running.settle()
+        return logits
+
+    def _adapted(self, batch: Any, samples: int, *, learn: bool) -> tuple[Tensor, Tensor]:
+        subject = self._subject
+        with visiting(subject.model, subject.sites, self._running.visit):
+            self._running.begin(samples, batch, learn=learn)
+            result = subject.caller.run(subject.model, batch, index=self._steps)
+            logits = subject.caller.logits(result, asked="adapt_")
+            rows = rows_of(logits, result.samples)
+        answer = self._running.answer(rows)
+        return rows, logits if answer is rows else answer
+
+    def _by_source(self, batch: Any) -> Tensor:
+        """The source's own logits; the model is afterwards what it was."""
+        subject = self._subject
+        with self._ready(training=False), self._source.standing():
+            result = subject.caller.run(subject.model, batch, index=self._steps)
+        return subject.caller.logits(result, asked="adapt_").detach()
+
+    def _source_rows(self, batch: Any) -> Tensor:
+        return rows_of(self._by_source(batch), self._samples(batch))
+
+    def _act(self, verdict: Verdict) -> None:
+        if verdict.action:
+            good = self._good if verdict.action == "back" else None
+            self._running.load(self._first if good is None else good)
+            self._good = None  # if it has to go back once more, then to the source
+        elif (
+            self._guard is not None
+            and self._running.trains
+            and verdict.believed
+            and self._steps % self._guard.good == 0
+        ):
+            self._good = self._running.state()
+
+    def _note(self, samples: int, left_out: int, verdict: Verdict) -> None:
+        nan = float("nan")
+        self.log.append(
+            Step(
+                step=self._steps,
+                samples=samples,
+                left_out=left_out,
+                believed=verdict.believed,
+                weight=self._running.target_weight,
+                moved=self._running.moved,
+                evidence=verdict.evidence,
+                confidence=self._watch.confidence if self._watch is not None else (nan, nan),
+                action=verdict.action,
+                why=verdict.why,
+            )
+        )
+
+    # ── what a batch is ──
+
+    def _samples(self, batch: Any) -> int:
+        forward = self._subject.caller.forward
+        samples = read(batch, model=None if forward else self._subject.model).samples
+        if samples == 0:
+            raise BatchError("a batch of a stream holds no samples; leave empty batches out.")
+        return samples
+
+    def _finite(self, batch: Any, total: int) -> Tensor:
+        sound = torch.ones(total, dtype=torch.bool)
+        for tensor in _inputs(batch, total):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+                sound &= torch.isfinite(tensor).flatten(1).all(1).cpu()
+        return sound
+
+    def _learnable(self, batch: Any, samples: int) -> Tensor:
+        tensors = [t for t in _inputs(batch, samples) if t.is_floating_point() and t.dim() > 2]
+        if self._watch is None or not tensors:
+            return torch.ones(samples, dtype=torch.bool)
+        return ~self._watch.strangers(tensors[0])
+
+    def _unanswerable(self, batch: Any, total: int) -> Tensor:
+        """NaN for every sample of a batch none of which is finite; the log says so."""
+        zeros = map_tensors(lambda t: torch.zeros_like(t[:1]) if t.dim() and t.shape[0] == total else t, batch)
+        shape = self._by_source(zeros).shape
+        self._steps += 1
+        self._note(total, total, Verdict(False, float("nan"), "", NOT_A_NUMBER))
+        return torch.full((total, *shape[1:]), torch.nan)
+
+    @contextmanager
+    def _ready(self, *, training: bool) -> Iterator[None]:
+        """Everything in evaluation; gradients only where a method trains, and then only for the norm layers' parameters."""
+        active = [module for module in self._modules if module.training]
+        flags: list[tuple[Tensor, bool]] = []
+        try:
+            for module in active:
+                module.training = False
+            if training:
+                wanted = {id(p) for site in self._subject.norms for p in site.affine.values()}
+                flags = [(p, p.requires_grad) for p in self._subject.model.parameters() if p.is_floating_point()]
+                for parameter, _ in flags:
+                    parameter.requires_grad_(id(parameter) in wanted)
+            with torch.enable_grad() if training else torch.no_grad():
+                yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for module in active:
+                module.training = True
+
+    def _refuse_closed(self) -> None:
+        if not self._undo.is_open:
+            raise UsageError("this stream was ended by restore_(); begin another with renorm.adapt_(model).")
+
+
+class _Lesson:
+    """A batch and the part of it that may teach: `at` are its samples' places, `count` their number."""
+
+    def __init__(self, whole: Any, samples: int, learnt: Tensor) -> None:
+        self.whole, self.samples = whole, samples
+        self.at = learnt.nonzero().flatten()
+        self.count = len(self.at)
+        self.batch = whole if self.count == samples else _rows(whole, self.at, samples)
+
+
+NOT_A_NUMBER = say("no sample of the batch was finite: it was answered by NaN, and taught nothing")
+
+
+class _Source:
+    """The source's statistics and affine parameters, to stand in the model for the length of a forward."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._statistics = [t for site in subject.sites for t in site.tensors or ()]
+        self._parameters = [p for site in subject.norms for p in site.affine.values()]
+        self._copies = [t.detach().clone() for t in (*self._statistics, *self._parameters)]
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Inside, the model is the source; afterwards what it was."""
+        tensors = (*self._statistics, *self._parameters)
+        now = [t.detach().clone() for t in tensors]
+        try:
+            self.write_()
+            yield
+        finally:
+            for tensor, copy in zip(tensors, now, strict=True):
+                tensor.data.copy_(copy)
+
+    def write_(self) -> None:
+        """Let the model hold the source's statistics, and its parameters."""
+        for tensor, copy in zip((*self._statistics, *self._parameters), self._copies, strict=True):
+            tensor.data.copy_(copy)
+
+
+def _inputs(batch: Any, samples: int) -> list[Tensor]:
+    """The tensors of a batch's inputs that count its samples along their first axis."""
+    call = read(batch)
+    return [t for t in tensors_in((call.args, call.kwargs)) if t.dim() and t.shape[0] == samples]
+
+
+def _rows(batch: Any, rows: Tensor, samples: int) -> Any:
+    """The batch with these samples alone, labels and all."""
+    return map_tensors(lambda t: t[rows.to(t.device)] if t.dim() and t.shape[0] == samples else t, batch)
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
