@@ -29,7 +29,6 @@ class Guard:
     memory    judged samples after which what was found counts 1/e
     limit     evidence, as in `trust`, above which the adapted model is believed where the first sites show no shift
     certain   by so much that limit falls where they show one for certain: a source that is surely wrong is sure all the same
-    surer     by so much the limit is raised for methods that train the model to be sure
     doubt     log odds that speak for the source before anything was judged, as if seen on one disagreeing sample each
     collapse  a gradient method whose answers have less than this share of the source's marginal entropy starts anew
     patience  judged steps in a row without belief after which a gradient method goes back to its last good state
@@ -42,7 +41,6 @@ class Guard:
     memory: float = 256.0
     limit: float = -0.08
     certain: float = 0.4
-    surer: float = 0.2
     doubt: float = 1.0
     collapse: float = 0.5
     patience: int = 4
@@ -116,7 +114,7 @@ class Watch:
         mixes = torch.stack([rows.exp().sum(0) for rows in logs])
         self._mixes = mixes if self._mixes is None else old * self._mixes + mixes
         evidence = self.evidence
-        self.believed = evidence > limit(self.guard, moved) + trains * self.guard.surer
+        self.believed = evidence > limit(self.guard, moved, trains=trains)
         return self._follow(evidence, trains)
 
     @property
@@ -152,6 +150,11 @@ class Watch:
             return Verdict(self.believed, evidence, "back", why)
         return Verdict(self.believed, evidence, "", "")
 
+    def anew(self) -> None:
+        """Another domain has begun: the source answers until there is evidence from this one."""
+        self._forget()
+        self.believed, self._came = False, 0
+
     def strangers(self, x: Tensor) -> Tensor:
         """Which samples are garbage: mean or log spread far from the last ones' medians. Shapes: x (N, C, *) → (N,) bool."""
         flat = x.detach().flatten(1).float()
@@ -186,10 +189,14 @@ class Watch:
         self._recent = deque(map(tuple, state["recent"].tolist()), maxlen=REMEMBERED)
 
 
-def limit(guard: Guard, moved: float) -> float:
-    """The evidence above which to believe, by `moved` at the first sites: lower by `certain` from 0.12 on, NaN counts as 0."""
-    shift = 0.0 if math.isnan(moved) else (moved - UNMOVED) / (MOVED - UNMOVED)
-    return guard.limit - guard.certain * min(1.0, max(0.0, shift))
+def limit(guard: Guard, moved: float, *, trains: bool) -> float:
+    """The evidence above which to believe, by `moved` at the first sites: lower by `certain` from 0.12 on, NaN counts as 0.
+
+    A method that trains makes the model sure, right or wrong: below 0.05 it is not believed whatever the evidence.
+    """
+    shift = 0.0 if math.isnan(moved) else min(1.0, max(0.0, (moved - UNMOVED) / (MOVED - UNMOVED)))
+    start = 1.0 if trains else guard.limit
+    return start + shift * (guard.limit - guard.certain - start)
 
 
 NOT_FINITE: Said = say("the adapted model gave numbers that are not finite")

@@ -162,8 +162,8 @@ class Stream:
 
     def _trusting(self, lesson: _Lesson, watch: Watch) -> tuple[Tensor, Verdict]:
         """The adapted model answers, and the source a few samples, so that belief can end."""
-        judged = watch.rows(lesson.count, watch.guard.judged)
         rows, answer = self._taught(lesson)
+        judged = watch.rows(lesson.count, watch.guard.judged)
         verdict = Verdict(True, watch.evidence, "", "")
         if len(judged):
             home = self._source_rows(_rows(lesson.batch, judged, lesson.count))
@@ -194,9 +194,12 @@ class Stream:
 
     def _learn(self, batch: Any, samples: int) -> tuple[Tensor, Tensor]:
         """The rows of class scores and the logits in full of a batch that the method then learns from."""
+        changes = self._running.changes
         with self._ready(training=self._running.trains):
             rows, logits = self._adapted(batch, samples, learn=True)
             self._running.finish(rows)
+        if self._running.changes > changes and self._watch is not None:
+            self._watch.anew()
         self._running.settle()
         return rows.detach(), logits.detach()
 

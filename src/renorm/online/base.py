@@ -62,6 +62,7 @@ class Running(ABC):
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
+        self.changes = 0  # of domain, as far as the method notices them
         self.held = {site.name: held for site in subject.sites if (held := site.statistics()) is not None}
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:

@@ -26,6 +26,7 @@ from renorm.online.base import (
 from renorm.profile import Profile
 from renorm.sites import Site
 
+SUDDEN = 16  # images in a batch that say by themselves that another domain has begun
 GROUPED = 400_000  # numbers in all that moments kept apart by class may take: 1.6 MB at ResNet-50 would be too many
 
 
@@ -47,8 +48,9 @@ class Shrink(Online):
     now      how much the batch that is being normalised counts beside those before it
     recall   the share of the class mix of the recent past that is left after 64 images
     window   images after which what was seen counts 1/e: slow drift is followed at this pace
-    change   a sudden change of domain is a `moved` of at least this between the last 64 images and all before, at the first
-             sites; everything before it is then forgotten
+    change   a change of domain is a `moved` of at least this between the last 64 images and all before, at the first sites,
+             or of twice as much at the very first site in a batch of 16 or more, which it is then not normalised by;
+             everything before it is forgotten
     rows     of every map, so many rows are measured at the least
     every    in batches smaller than this, the blend is made anew after so many images
     """
@@ -139,7 +141,7 @@ class _Shrinking(Running):
         self._home = self._in_units(profile, profile.prior) if profile else {}
         self._there = self._home
         self._start_anew()
-        self._samples, self._learn, self._due = 0, True, True
+        self._samples, self._learn, self._due, self._sudden = 0, True, True, False
         self._now: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, float] = {}
         self._far: dict[str, float] = {}
@@ -154,7 +156,7 @@ class _Shrinking(Running):
         self.changes = 0
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
-        self._samples, self._learn, self._now = samples, learn, {}
+        self._samples, self._learn, self._now, self._sudden = samples, learn, {}, False
         self._due = learn and (samples >= self._method.every or self._pending + samples >= self._method.every)
         if self._due and self._profile is not None and self._mix is not None and self._classes is not None:
             now = self._method.now * samples
@@ -168,6 +170,9 @@ class _Shrinking(Running):
         if seen is None:
             return
         mean, var = source_units(seen, self.held[site.name])
+        if site.name == self._early[0] and self._due and self._samples >= SUDDEN and site.name in self._tallies:
+            if self._far_from_before(site.name, mean, var) > 2 * self._method.change:
+                self._sudden, self._there = True, self._home  # for this batch; forgotten once it went through
         second = var + mean.square()
         if site.name in self._now:  # called more than once: each call counts the same
             mean, second = (0.5 * (a + b) for a, b in zip((mean, second), self._now[site.name], strict=True))
@@ -182,10 +187,8 @@ class _Shrinking(Running):
         before = torch.full_like(probabilities, 1 / len(probabilities)) if self._mix is None else self._mix
         self._mix = old * before + (1 - old) * probabilities
         counts = samples * self._grouped(probabilities)
-        if self._changed(samples):
-            self.changes += 1
-            self._tallies = {}
-            self._images, self._classes = 0.0, None
+        if self._sudden or self._changed(samples):
+            self._forget()
         share = math.exp(-samples / self._method.window)
         for name, (first, second) in self._now.items():
             self._tallies[name] = self._tally(name, len(counts)).times(share).plus(counts, first, second)
@@ -223,7 +226,8 @@ class _Shrinking(Running):
             home = self._home.get(name, there)
             t, v = at_home(*tally.pooled(), there, home, eps=eps)
             gap = self._profile.gap(name)
-        far, images = moved(t, v, eps=eps), self._images + self._method.now * self._samples
+        before = 0.0 if self._sudden else self._images
+        far, images = moved(t, v, eps=eps), before + self._method.now * self._samples
         self._far[name] = far * images / (images + self._method.images)  # of few images all moments are far
         weight = (1 - self._method.floor) * far / (gap + far) * images / (images + self._method.images)
         held = self.held[name]
@@ -231,7 +235,7 @@ class _Shrinking(Running):
         site.normalise_by_(Moments(math.inf, held.mean + weight * t * held.sd, held.var * ((1 - weight) + weight * v)))
 
     def _tally(self, name: str, groups: int) -> Tally:
-        known = self._tallies.get(name)
+        known = None if self._sudden else self._tallies.get(name)
         if known is not None:
             return known
         size = (groups, len(self.held[name].mean))
@@ -256,13 +260,19 @@ class _Shrinking(Running):
             )
             self._fast[name] = fast = fast.plus(one, first, second)
             if name in self._tallies and self._images >= 64 and float(fast.samples) >= 32:
-                mean, var = self._tallies[name].pooled()
-                recent, spread = fast.pooled()
-                far.append(moved((recent - mean) / var.sqrt(), spread / var, eps=self._eps[name] / var))
-        if not far or sum(far) / len(far) < self._method.change:
-            return False
-        self._fast = {}
-        return True
+                far.append(self._far_from_before(name, *fast.pooled()))
+        return bool(far) and sum(far) / len(far) >= self._method.change
+
+    def _far_from_before(self, name: str, mean: Tensor, var: Tensor) -> float:
+        before, spread = self._tallies[name].pooled()
+        return moved((mean - before) / spread.sqrt(), var / spread, eps=self._eps[name] / spread)
+
+    def _forget(self) -> None:
+        """Another domain has begun: what was seen of the one before says nothing of it."""
+        self.changes, self._sudden = self.changes + 1, False
+        self._tallies, self._fast = {}, {}
+        self._images, self._classes = 0.0, None
+        self._there = self._home
 
     def _in_units(self, profile: Profile, mix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         known = profile.at(mix)
