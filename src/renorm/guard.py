@@ -92,7 +92,7 @@ class Watch:
         if self._came - samples < self.guard.first:
             return torch.arange(samples)
         self._owed += samples * share
-        take = min(samples, int(self._owed))
+        take = max(0, min(samples, int(self._owed)))  # a small batch is taken whole, ahead of what is owed
         if samples < 16 and take:
             take = samples  # a part of a small batch costs as much as all of it
         self._owed -= take
@@ -176,7 +176,7 @@ class Watch:
             "scalars": torch.tensor(
                 [self._count, self._owed, self._against, self.believed, self._came], dtype=torch.float64
             ),
-            "recent": torch.tensor(list(self._recent)).reshape(-1, 2),
+            "recent": torch.tensor(list(self._recent), dtype=torch.float32).reshape(-1, 2),
         }
         return found if self._mixes is None else found | {"mixes": self._mixes.clone()}
 
