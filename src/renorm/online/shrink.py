@@ -107,6 +107,14 @@ class Tally(NamedTuple):
         return mean, (self.second.sum(0) / total - mean.square()).clamp_min(TINY)
 
 
+class Lent(NamedTuple):
+    """What a site normalises by, the target's share in it, and how far the target lies from the source there."""
+
+    moments: Moments
+    weight: float
+    far: float
+
+
 def moved(mean: Tensor, var: Tensor, *, eps: Tensor) -> float:
     """`Shift.moved` from the source, whose moments are 0 and 1, to these. Shapes: (C,), (C,), eps in the same unit (C,)."""
     ratio = (var + eps) / (1 + eps)
@@ -143,8 +151,8 @@ class _Shrinking(Running):
         self._start_anew()
         self._samples, self._learn, self._due, self._sudden = 0, True, True, False
         self._now: dict[str, tuple[Tensor, Tensor]] = {}
-        self._weights: dict[str, float] = {}
-        self._far: dict[str, float] = {}
+        self._lent: dict[str, Lent] = {}
+        self._trial: dict[str, Lent] = {}  # lent in this forward; counts from `finish` on
 
     def _start_anew(self) -> None:
         self._tallies: dict[str, Tally] = {}
@@ -196,19 +204,21 @@ class _Shrinking(Running):
         self._classes = share * classes + samples * probabilities
         self._images = share * self._images + samples
         self._pending = 0 if self._due else self._pending + samples
+        self._lent |= self._trial
+        self._trial = {}
 
     def settle(self) -> None:
-        for name, site in self._sites.items():
-            if name not in self._weights:
-                site.normalise_by_(self.held[name])
+        for name in self._trial:  # of a forward that failed
+            self._sites[name].normalise_by_(self._lent[name].moments if name in self._lent else self.held[name])
+        self._trial = {}
 
     @property
     def target_weight(self) -> float:
-        return sum(self._weights.values()) / len(self._weights) if self._weights else 0.0
+        return sum(lent.weight for lent in self._lent.values()) / len(self._lent) if self._lent else 0.0
 
     @property
     def moved(self) -> float:
-        far = [self._far[name] for name in self._early if name in self._far]
+        far = [self._lent[name].far for name in self._early if name in self._lent]
         return sum(far) / len(far) if far else math.nan
 
     def _lend(self, site: Site, mean: Tensor, second: Tensor) -> None:
@@ -228,11 +238,12 @@ class _Shrinking(Running):
             gap = self._profile.gap(name)
         before = 0.0 if self._sudden else self._images
         far, images = moved(t, v, eps=eps), before + self._method.now * self._samples
-        self._far[name] = far * images / (images + self._method.images)  # of few images all moments are far
-        weight = (1 - self._method.floor) * far / (gap + far) * images / (images + self._method.images)
+        sure = images / (images + self._method.images)  # of few images all moments are far
+        weight = (1 - self._method.floor) * far / (gap + far) * sure
         held = self.held[name]
-        self._weights[name] = weight
-        site.normalise_by_(Moments(math.inf, held.mean + weight * t * held.sd, held.var * ((1 - weight) + weight * v)))
+        lent = Moments(math.inf, held.mean + weight * t * held.sd, held.var * ((1 - weight) + weight * v))
+        self._trial[name] = Lent(lent, weight, far * sure)
+        site.normalise_by_(lent)
 
     def _tally(self, name: str, groups: int) -> Tally:
         known = None if self._sudden else self._tallies.get(name)
@@ -279,7 +290,7 @@ class _Shrinking(Running):
         return {name: source_units(known[name], self.held[name]) for name in self.held if name in known}
 
     def state(self) -> State:
-        found: State = {"images": torch.tensor([self._images, float(self._pending), float(self.changes)])}
+        found: State = {"images": torch.tensor([self._images, self._pending, self.changes], dtype=torch.float64)}
         found |= {
             f"{key}": value.clone()
             for key, value in (("mix", self._mix), ("classes", self._classes))
@@ -288,28 +299,24 @@ class _Shrinking(Running):
         for kind, tallies in (("slow", self._tallies), ("fast", self._fast)):
             for name, tally in tallies.items():
                 found |= {f"{kind}.{field}.{name}": part.float() for field, part in tally._asdict().items()}
-        for name, weight in self._weights.items():
-            lent = self._sites[name].tensors
-            assert lent is not None
-            found |= {f"lent.{k}.{name}": t.detach().clone() for k, t in zip(("mean", "var"), lent, strict=True)}
-            found[f"lent.weight.{name}"] = torch.tensor(weight)
+        for name, (moments, weight, far) in self._lent.items():
+            found |= {f"lent.mean.{name}": moments.mean.float(), f"lent.var.{name}": moments.var.float()}
+            found[f"lent.by.{name}"] = torch.tensor([weight, far])
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._start_anew()
-        if "images" not in state:
-            return
         self._images, pending, changes = state["images"].tolist()
         self._pending, self.changes = int(pending), int(changes)
         self._mix, self._classes = (state[key].clone() if key in state else None for key in ("mix", "classes"))
-        self._weights = {}
+        self._lent, self._trial = {}, {}
         for name, site in self._sites.items():
             for kind, tallies in (("slow", self._tallies), ("fast", self._fast)):
                 if f"{kind}.samples.{name}" in state:
                     tallies[name] = Tally(*(state[f"{kind}.{field}.{name}"].double() for field in Tally._fields))
             if f"lent.mean.{name}" in state:
                 mean, var = state[f"lent.mean.{name}"].double(), state[f"lent.var.{name}"].double()
-                site.normalise_by_(Moments(math.inf, mean, var))
-                self._weights[name] = float(state[f"lent.weight.{name}"])
+                self._lent[name] = Lent(Moments(math.inf, mean, var), *state[f"lent.by.{name}"].tolist())
+                site.normalise_by_(self._lent[name].moments)
             else:
                 site.normalise_by_(self.held[name])
