@@ -183,6 +183,15 @@ def rows_of(logits: Tensor, samples: int) -> Tensor:
     return rows if rows.shape[1] > 1 else torch.cat([torch.zeros_like(rows), rows], dim=1)
 
 
+def shaped(answer: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
+    """An answer (N, K) in the shape that the model gave: log odds, or scores at positions moved as their mean was."""
+    if logits.shape == answer.shape:
+        return answer
+    if rows.shape[1] == 2 and logits.numel() == len(rows):
+        return (answer[:, 1] - answer[:, 0]).reshape(logits.shape)
+    return logits + (answer - rows).reshape(*rows.shape, *[1] * (logits.dim() - 2))
+
+
 def glance(x: Tensor, *, axis: int = 1, rows: int | None = None) -> Moments | None:
     """Moments of `x` by torch's own kernel, in one pass; with `rows`, of about so many rows of every map.
 
@@ -228,29 +237,44 @@ class Early:
     def __init__(self, sites: Sequence[Site], held: Mapping[str, Moments]) -> None:
         self._held = {site.name: held[site.name] for site in first_sites(sites) if site.name in held}
         self._eps = {site.name: site.eps for site in sites}
-        self._seen: dict[str, Moments] = {}
-        self._images: dict[str, float] = {}
+        self._seen: dict[str, Moments] = {}  # their `count` is of images
+        self._now: dict[str, Moments] = {}
 
     def see(self, site: Site, x: Tensor) -> None:
-        """Book what comes to `site`, if it is one of the first."""
+        """Take note of what comes to `site`, if it is one of the first; it counts from `commit` on."""
         if site.name not in self._held or (now := glance(x, axis=site.axis, rows=8)) is None:
             return
-        samples = float(x.shape[0])
-        images = self._images.get(site.name, 0.0)
-        before = self._seen.get(site.name, now)
-        self._seen[site.name] = before.blend(now, source_weight=images / (images + samples))
-        self._images[site.name] = min(images + samples, RECENT)
+        before = self._seen.get(site.name)
+        images, total = (before.count, before.count + x.shape[0]) if before else (0.0, float(x.shape[0]))
+        mixed = (before or now).blend(now, source_weight=images / total)
+        self._now[site.name] = Moments(min(total, RECENT), mixed.mean, mixed.var)
+
+    def commit(self) -> None:
+        """Book the batch that came last."""
+        self._seen |= self._now
+        self._now = {}
 
     @property
     def moved(self) -> float:
         """Mean over these sites of `Shift.moved`, less for few images; NaN before any."""
         far = [
-            Shift.between(self._held[name], seen, eps=self._eps[name]).moved
-            * self._images[name]
-            / (self._images[name] + FEW)
+            Shift.between(self._held[name], seen, eps=self._eps[name]).moved * seen.count / (seen.count + FEW)
             for name, seen in self._seen.items()
         ]
         return sum(far) / len(far) if far else math.nan
+
+    def state(self) -> State:
+        """What was booked, as named tensors: count, means and variances in a row."""
+        return {
+            f"early.{name}": torch.cat([torch.tensor([seen.count], dtype=torch.float64), seen.mean, seen.var])
+            for name, seen in self._seen.items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        known = {name: state[f"early.{name}"] for name in self._held if f"early.{name}" in state}
+        self._seen = {name: Moments(float(row[0]), *row[1:].chunk(2)) for name, row in known.items()}
+        self._now = {}
 
 
 def first_sites(sites: Sequence[Site]) -> Sequence[Site]:
@@ -286,6 +310,16 @@ def source_units(moments: Moments, held: Moments) -> tuple[Tensor, Tensor]:
     """Mean and variance with the held statistics taken for 0 and 1. Shapes: (C,), (C,)."""
     var = held.var.clamp_min(TINY)
     return (moments.mean - held.mean) / var.sqrt(), moments.var / var
+
+
+def refuse_slots(subject: Subject, method: Online) -> None:
+    """Raise UsageError where a module holds several sets of statistics: it takes no input in place of its own."""
+    slotted = sorted({site.name.partition("@")[0] for site in subject.sites if site.slot is not None})
+    if slotted:
+        raise UsageError(
+            f"the online method {method.name!r} changes what batch norms are given, which {slotted[0]!r} does not take: it "
+            "holds several sets of statistics. Use a method that lends statistics, such as shrink, ema or prior."
+        )
 
 
 def profile_of(subject: Subject, method: Online) -> Profile:

@@ -109,7 +109,7 @@ class Selecting(Descending):
                 p.requires_grad_(True)
             with torch.enable_grad():
                 for batch in self.subject.home():
-                    logits = self.subject.logits(batch)
+                    logits = self.scores(batch)
                     loss = F.cross_entropy(logits, logits.argmax(1))
                     grads: Any = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
                     for total, grad in zip(sums.values(), grads, strict=True):

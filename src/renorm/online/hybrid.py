@@ -70,6 +70,7 @@ class _Selective(Lending):
         return Moments(seen.count, torch.where(follow, seen.mean, held.mean), torch.where(follow, seen.var, held.var))
 
     def finish(self, logits: Tensor) -> None:
+        super().finish(logits)
         probabilities = logits.detach().double().cpu().softmax(1)
         self._mix = 0.95 * self._mix + 0.05 * probabilities.mean(0)
         self._follow = self._chosen()
@@ -82,9 +83,10 @@ class _Selective(Lending):
         return sum(float(f.double().mean()) for f in self._follow.values()) / max(1, len(self._follow))
 
     def state(self) -> State:
-        return {"mix": self._mix.clone()}
+        return super().state() | {"mix": self._mix.clone()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
+        super().load(state)
         self._mix = state["mix"].clone()
         self._follow = self._chosen()
 

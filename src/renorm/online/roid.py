@@ -68,13 +68,13 @@ class _Ensembling(Descending):
         certainty = _between((probabilities * probabilities.clamp_min(1e-12).log()).sum(1))
         weights = (diversity * certainty / self._method.temperature).exp()
         kept = diversity >= diversity.mean()
-        self._mean = 0.9 * mean + 0.1 * probabilities.mean(0)
         if not bool(kept.any()):
             return None
         loss = (soft_likelihood_ratio(logits)[kept] * weights[kept]).sum() / len(logits)
         if self._method.consistency:
-            changed = self.subject.logits(_changed(self._batch, self._steps))
+            changed = self.scores(_changed(self._batch, self._steps))
             loss = loss + (_symmetric(logits, changed)[kept] * weights[kept]).sum() / len(logits)
+        self._mean = 0.9 * mean + 0.1 * probabilities.mean(0)
         return loss
 
     def finish(self, logits: Tensor) -> None:

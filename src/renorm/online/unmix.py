@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from renorm.errors import UsageError
-from renorm.online.base import Online, Running, State, Subject, as_if, check_positive, check_share
+from renorm.online.base import Online, Running, State, Subject, as_if, check_positive, check_share, refuse_slots
 from renorm.sites import Site
 
 
@@ -56,6 +56,7 @@ Parts = tuple[Tensor, Tensor]  # means and variances, (K, C) each
 class _Unmixing(Running):
     def __init__(self, subject: Subject, method: Unmix) -> None:
         super().__init__(subject)
+        refuse_slots(subject, method)
         self._method = method
         generator = torch.Generator().manual_seed(method.seed)
         spread = math.sqrt(0.5 * method.components / (method.components - 1))

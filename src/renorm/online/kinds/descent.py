@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from renorm.errors import UnknownName, UsageError
-from renorm.online.base import Early, Online, Running, State, Subject, check_positive
+from renorm.observe import visiting
+from renorm.online.base import Early, Online, Running, State, Subject, check_positive, refuse_slots
 from renorm.sites import Site
 
 OPTIMISERS = ("adam", "sgd")
@@ -46,6 +47,7 @@ class Descending(Running):
 
     def __init__(self, subject: Subject, method: Gradient) -> None:
         super().__init__(subject)
+        refuse_slots(subject, method)
         self.parameters: dict[str, torch.nn.Parameter] = {
             f"{site.name}.{key}": p for site in subject.norms for key, p in site.affine.items()
         }
@@ -75,6 +77,7 @@ class Descending(Running):
         loss = self.loss(logits)
         if loss is not None:
             self.step(loss)
+        self._early.commit()
 
     @abstractmethod
     def loss(self, logits: Tensor) -> Tensor | None:
@@ -82,16 +85,27 @@ class Descending(Running):
 
     def step(self, loss: Tensor) -> None:
         """One step of the optimiser, unless anything about it is not finite."""
-        self._optimiser.zero_grad(set_to_none=True)
+        parameters = list(self.parameters.values())
+        grads: Any = [None] * len(parameters)
         if bool(torch.isfinite(loss)):
-            loss.backward()  # type: ignore[no-untyped-call]
-            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-            if grads and all(bool(torch.isfinite(grad).all()) for grad in grads):
-                self._optimiser.step()
-                self._optimiser.zero_grad(set_to_none=True)
-                return
-        self._optimiser.zero_grad(set_to_none=True)
-        self.skipped += 1
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        known = [grad for grad in grads if grad is not None]
+        if not known or not all(bool(torch.isfinite(grad).all()) for grad in known):
+            self.skipped += 1
+            return
+        before = [p.grad for p in parameters]  # the caller's own
+        try:
+            for p, grad in zip(parameters, grads, strict=True):
+                p.grad = grad
+            self._optimiser.step()
+        finally:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+
+    def scores(self, batch: Any) -> Tensor:
+        """One row of class scores per sample, normalised as the batch that is learnt from is."""
+        with visiting(self.subject.model, self.subject.sites, by_batch):
+            return self.subject.logits(batch)
 
     def back_to_source(self) -> None:
         """Parameters and optimiser as they were before the first step."""
@@ -101,7 +115,8 @@ class Descending(Running):
         self._optimiser.state.clear()
 
     def state(self) -> State:
-        found = {f"parameter.{name}": p.detach().clone() for name, p in self.parameters.items()}
+        found = self._early.state()
+        found |= {f"parameter.{name}": p.detach().clone() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self._optimiser.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -110,6 +125,7 @@ class Descending(Running):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._optimiser.state.clear()
+        self._early.load(state)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[f"parameter.{name}"])

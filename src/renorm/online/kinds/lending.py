@@ -29,9 +29,18 @@ class Lending(Running):
         if seen is not None:
             site.normalise_by_(self.lent(site, seen, self._samples))
 
+    def finish(self, logits: Tensor) -> None:
+        self._early.commit()
+
     @property
     def moved(self) -> float:
         return self._early.moved
+
+    def state(self) -> State:
+        return self._early.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self._early.load(state)
 
     @abstractmethod
     def lent(self, site: Site, seen: Moments, samples: int) -> Moments:
@@ -52,6 +61,7 @@ class Following(Lending):
         self._now = {}
 
     def finish(self, logits: Tensor) -> None:
+        super().finish(logits)
         self.running.update(self._now)
 
     def settle(self) -> None:
@@ -60,9 +70,10 @@ class Following(Lending):
 
     def state(self) -> State:
         order = {name: self.running.get(name, held) for name, held in self.held.items()}
-        return packed(order) if self.running else {}
+        return super().state() | (packed(order) if self.running else {})
 
     def load(self, state: Mapping[str, Tensor]) -> None:
+        super().load(state)
         self.running = unpacked(state, self.held)
 
     def moved_by(self, site: Site, seen: Moments, samples: int, start: Moments) -> Moments:
