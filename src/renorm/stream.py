@@ -15,7 +15,7 @@ from renorm.calls import map_arrays, map_tensors, read, tensors_in
 from renorm.errors import BatchError, UsageError
 from renorm.guard import Guard, Verdict, Watch
 from renorm.observe import visiting
-from renorm.online.base import Online, Subject, rows_of
+from renorm.online.base import Online, Subject, rows_of, shaped
 from renorm.said import say
 from renorm.sites import walk
 from renorm.state import Undo
@@ -89,11 +89,14 @@ class Stream:
         kept = batch if bool(sound.all()) else _rows(batch, sound.nonzero().flatten(), total)
         if not bool(sound.any()):
             return self._unanswerable(batch, total)
-        learnt = self._learnable(kept, int(sound.sum()))
+        remembered = self._watch and self._watch.state()
         try:
+            learnt = self._learnable(kept, int(sound.sum()))
             answer, verdict = self._answered(kept, int(sound.sum()), learnt)
         except BaseException:
             self._running.settle()  # what layers were lent goes with the failure
+            if self._watch is not None and remembered is not None:
+                self._watch.load(remembered)
             raise
         self._steps += 1
         self._act(verdict)
@@ -110,8 +113,7 @@ class Stream:
         self._refuse_closed()
         if self._watch is not None and not self._watch.believed:
             return self._by_source(batch)
-        with self._ready(training=False):
-            return self._adapted(batch, self._samples(batch), learn=False)[1].detach()
+        return self._whole(batch, self._samples(batch))
 
     def reset_(self) -> None:
         """Begin the stream anew, from the source: nothing learnt is left but the log."""
@@ -131,7 +133,7 @@ class Stream:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything learnt, as tensors; `load_state_dict` in a new stream of the same model and method goes on from there."""
-        found = {f"method.{name}": value for name, value in self._running.state().items()}
+        found = self._identity() | {f"method.{name}": value for name, value in self._running.state().items()}
         if self._watch is not None:
             found |= {f"guard.{name}": value for name, value in self._watch.state().items()}
         return found
@@ -139,17 +141,30 @@ class Stream:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state. Raises UsageError, with the stream as it was, for one of another model, method or guard."""
         self._refuse_closed()
-        before = self._running.state()
+        before, remembered = self._running.state(), self._watch and self._watch.state()
         try:
+            for name, value in self._identity().items():
+                if not torch.equal(state[name], value):
+                    raise ValueError(f"its {name} is another")
             self._running.load(_below("method.", state))
             if self._watch is not None:
                 self._watch.load(_below("guard.", state))
         except (KeyError, RuntimeError, ValueError) as error:
             self._running.load(before)
+            if self._watch is not None and remembered is not None:
+                self._watch.load(remembered)
             raise UsageError(
                 f"a state was to be loaded into a stream of {self.method.name!r} on this model, and does not fit it: {error}. "
                 "Load what state_dict() of such a stream gave."
             ) from error
+
+    def _identity(self) -> dict[str, Tensor]:
+        """What a state can be told from one of another method or model by."""
+        sites = (*self._subject.sites, *self._subject.norms)
+        return {
+            "method": torch.tensor(list(self.method.name.encode()), dtype=torch.uint8),
+            "channels": torch.tensor([site.channels for site in sites]),
+        }
 
     # ── one step ──
 
@@ -162,12 +177,12 @@ class Stream:
 
     def _trusting(self, lesson: _Lesson, watch: Watch) -> tuple[Tensor, Verdict]:
         """The adapted model answers, and the source a few samples, so that belief can end."""
-        rows, answer = self._taught(lesson)
         judged = watch.rows(lesson.count, watch.guard.judged)
-        verdict = Verdict(True, watch.evidence, "", "")
-        if len(judged):
-            home = self._source_rows(_rows(lesson.batch, judged, lesson.count))
-            verdict = self._judged(watch, rows[judged], home)
+        home = self._source_rows(_rows(lesson.batch, judged, lesson.count)) if len(judged) else None
+        rows, answer = self._taught(lesson)  # after the source's forward: one that fails has taught nothing
+        if lesson.count and not watch.believed:  # another domain has begun in this batch: all of it is evidence
+            judged, home = watch.rows(lesson.count, 1.0), self._source_rows(lesson.batch)
+        verdict = Verdict(True, watch.evidence, "", "") if home is None else self._judged(watch, rows[judged], home)
         return (answer if verdict.believed else self._by_source(lesson.whole)), verdict
 
     def _doubting(self, lesson: _Lesson, watch: Watch) -> tuple[Tensor, Verdict]:
@@ -204,10 +219,11 @@ class Stream:
         return rows.detach(), logits.detach()
 
     def _whole(self, batch: Any, samples: int) -> Tensor:
-        with self._ready(training=False):
-            logits = self._adapted(batch, samples, learn=False)[1].detach()
-        self._running.settle()
-        return logits
+        try:
+            with self._ready(training=False):
+                return self._adapted(batch, samples, learn=False)[1].detach()
+        finally:
+            self._running.settle()
 
     def _adapted(self, batch: Any, samples: int, *, learn: bool) -> tuple[Tensor, Tensor]:
         subject = self._subject
@@ -216,8 +232,14 @@ class Stream:
             result = subject.caller.run(subject.model, batch, index=self._steps)
             logits = subject.caller.logits(result, asked="adapt_")
             rows = rows_of(logits, result.samples)
+        known = subject.source
+        if known is not None and rows.shape[1] != len(known.counts):
+            raise UsageError(
+                f"the profile has {len(known.counts)} classes and the model gives logits of {rows.shape[1]}; "
+                "make a profile of this model: renorm.profile(model, source_batches)."
+            )
         answer = self._running.answer(rows)
-        return rows, logits if answer is rows else answer
+        return rows, logits if answer is rows else shaped(answer, rows, logits)
 
     def _by_source(self, batch: Any) -> Tensor:
         """The source's own logits; the model is afterwards what it was."""
@@ -272,7 +294,7 @@ class Stream:
         sound = torch.ones(total, dtype=torch.bool)
         for tensor in _inputs(batch, total):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-                sound &= torch.isfinite(tensor).flatten(1).all(1).cpu()
+                sound &= torch.isfinite(tensor).reshape(total, -1).all(1).cpu()
         return sound
 
     def _learnable(self, batch: Any, samples: int) -> Tensor:
@@ -284,10 +306,10 @@ class Stream:
     def _unanswerable(self, batch: Any, total: int) -> Tensor:
         """NaN for every sample of a batch none of which is finite; the log says so."""
         zeros = map_tensors(lambda t: torch.zeros_like(t[:1]) if t.dim() and t.shape[0] == total else t, batch)
-        shape = self._by_source(zeros).shape
+        like = self._by_source(zeros)
         self._steps += 1
         self._note(total, total, Verdict(False, float("nan"), "", NOT_A_NUMBER))
-        return torch.full((total, *shape[1:]), torch.nan)
+        return like.new_full((total, *like.shape[1:]), torch.nan)
 
     @contextmanager
     def _ready(self, *, training: bool) -> Iterator[None]:
