@@ -228,7 +228,7 @@ def test_batches_that_cannot_be_used_leave_the_stream() -> None:
     with pytest.raises(BatchError, match="a batch of a stream holds no samples"):
         stream(torch.zeros(0, 3, 6, 6))
     for bad in (torch.randn(4, 5, 6, 6), torch.zeros(4, 3, 6, 6, dtype=torch.long)):
-        with pytest.raises((RenormError, RuntimeError)):
+        with pytest.raises((RenormError, RuntimeError), match=r"channels|dtype|type"):
             stream(bad)
         assert differences(before, photograph(model)) == []
         assert same_state(state, stream.state_dict())

@@ -89,7 +89,7 @@ class Stream:
         kept = batch if bool(sound.all()) else _rows(batch, sound.nonzero().flatten(), total)
         if not bool(sound.any()):
             return self._unanswerable(batch, total)
-        remembered = self._watch and self._watch.state()
+        remembered = None if self._watch is None else self._watch.state()
         try:
             learnt = self._learnable(kept, int(sound.sum()))
             answer, verdict = self._answered(kept, int(sound.sum()), learnt)

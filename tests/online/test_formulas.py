@@ -441,7 +441,9 @@ def test_roid_of_one_sample_or_of_equal_ones_is_finite_and_pulled_to_the_source(
     for _ in range(3):
         assert bool(torch.isfinite(stream(x.expand(samples, 6))).all())
     assert bool(torch.isfinite(model[1].weight).all())
-    assert float((model[1].weight.detach() - 1).abs().max()) <= 0.1 + 1e-6  # steps of 0.1, each halved: 0.05 + 0.025 + …
+    assert (
+        float((model[1].weight.detach() - 1).abs().max()) <= 0.1 + 1e-6
+    )  # steps of 0.1, each halved: 0.05 + 0.025 + …
 
 
 def test_roids_second_forward_is_normalised_as_its_first() -> None:
