@@ -141,7 +141,8 @@ class Stream:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state. Raises UsageError, with the stream as it was, for one of another model, method or guard."""
         self._refuse_closed()
-        before, remembered = self._running.state(), self._watch and self._watch.state()
+        before = self._running.state()
+        remembered = None if self._watch is None else self._watch.state()
         try:
             for name, value in self._identity().items():
                 if not torch.equal(state[name], value):
