@@ -57,6 +57,7 @@ ROOMS = (
         "neighbours",
         "prove",
         "fold",
+        "repair",
         "export",
         "adapters",
         "serve",
@@ -97,6 +98,7 @@ EXTRAS = {
         "keras",
         "lightning",
         "torch_audit",
+        "torchao",
     ),
 }
 # Installed with the core, yet slow to import: only edges may take them at the top, and `import renorm` none of them.
@@ -106,7 +108,7 @@ PUBLIC = (
     *("find_sites", "observe", "profile", "diagnose", "watch", "recalibrate_", "evaluate", "verify", "convert_"),
     *("Moments", "Observed", "Shift", "Affine", "Site"),
     *("Observation", "Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
-    *("fold", "load_folded_", "export"),
+    *("fold", "load_folded_", "repair_", "export"),
     "diagnose_file",
     *(
         "freeze_",
@@ -121,7 +123,7 @@ PUBLIC = (
     ),
     *("Freeze", "Policy", "Split"),
     *("adapt_", "Stream", "Guard"),
-    *("Folded", "Exported"),
+    *("Folded", "Repaired", "Exported"),
     *("finetune_", "FineTuned", "save_adapter", "load_adapter_", "Adapter", "serve_adapters", "Served"),
     *("Watch", "RenormError", "BatchError", "NoBatchNorm"),
 )

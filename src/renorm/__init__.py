@@ -39,6 +39,8 @@ from renorm.profile import Profile as Profile
 from renorm.profile import profile as profile
 from renorm.recalibrate import Adaptation as Adaptation
 from renorm.recalibrate import recalibrate_ as recalibrate_
+from renorm.repair import Repaired as Repaired
+from renorm.repair import repair_ as repair_
 from renorm.report import notebook as _notebook  # noqa: F401 (registers the faces of results)
 from renorm.serve import Served as Served
 from renorm.serve import serve_adapters as serve_adapters
@@ -76,6 +78,7 @@ __all__ = [
     "Policy",
     "Profile",
     "RenormError",
+    "Repaired",
     "Score",
     "Served",
     "Shift",
@@ -104,6 +107,7 @@ __all__ = [
     "policy_table",
     "profile",
     "recalibrate_",
+    "repair_",
     "save_adapter",
     "serve_adapters",
     "split",

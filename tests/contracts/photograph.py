@@ -61,6 +61,8 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
     """A tensor's shape, dtype and bytes: equal for equal bits only, NaN included."""
     if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
         return ("uninitialised",)
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight: several tensors behind one face
+        return tuple(bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0] if name)
     flat = tensor.detach().cpu().clone().reshape(-1)
     return tuple(tensor.shape), tensor.dtype, flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
@@ -69,7 +71,8 @@ def _tensor(tensor: Tensor | None, *, identity: bool) -> Any:
     if tensor is None:
         return None
     lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-    who = (id(tensor), tensor.data_ptr()) if identity and not lazy else ()
+    faced = hasattr(tensor, "__tensor_flatten__")
+    who = (id(tensor), 0 if faced else tensor.data_ptr()) if identity and not lazy else ()
     grad = None if tensor.grad is None else bits(tensor.grad)
     return bits(tensor), who, tensor.requires_grad, grad
 
