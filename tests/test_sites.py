@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from renorm.doctor import diagnose
 from renorm.errors import NoBatchNorm, UsageError
 from renorm.moments import Moments
-from renorm.sites import Site, batch_sites, device_of, find_sites, is_lazy, select, unwrap, walk
+from renorm.sites import Site, bare_convolutions, batch_sites, device_of, find_sites, is_lazy, select, unwrap, walk
 from tests import animals, zoo
 
 
@@ -171,6 +172,25 @@ def test_a_model_without_batch_norm_is_refused_with_what_it_has_instead() -> Non
         batch_sites(zoo.named("tokens").build(), asked="recalibrate_")
     with pytest.raises(NoBatchNorm, match="no norm layer at all"):
         batch_sites(zoo.named("no-norm").build(), asked="recalibrate_")
+
+
+def test_a_model_that_looks_folded_is_told_so() -> None:
+    def convs(*, bias: bool = True, norm: bool = False) -> nn.Module:
+        between = nn.GroupNorm(1, 4) if norm else nn.Identity()
+        return nn.Sequential(nn.Conv2d(3, 4, 3), between, nn.ReLU(), nn.Conv2d(4, 4, 3, bias=bias))
+
+    with pytest.raises(NoBatchNorm, match="Its 2 convolutions all have a bias: if batch norms were folded into them"):
+        batch_sites(convs(), asked="recalibrate_")
+    assert bare_convolutions(convs()) == ["0", "3"]
+    (finding,) = diagnose(convs()).findings
+    assert (finding.rule, finding.severity, finding.value, finding.site) == ("BN505", "info", 2.0, "0")
+    for other in (
+        convs(bias=False),
+        convs(norm=True),
+        nn.Conv2d(3, 4, 3),
+        nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+    ):
+        assert bare_convolutions(other) == []
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")

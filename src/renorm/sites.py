@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -170,11 +171,29 @@ def batch_sites(model: nn.Module, *, asked: str) -> list[Site]:
             f"it has {len(sites)} norm layers of kind {', '.join(kinds)}" if sites else "it has no norm layer at all"
         )
         lazy = " Run one batch through it first: its lazy layers hold nothing yet." if any(map(is_lazy, sites)) else ""
+        folded = (
+            f" Its {count} convolutions all have a bias: if batch norms were folded into them, take the model from before "
+            "that; what rounding or pruning moved since, repair_(model, source, batches) mends without any."
+            if (count := len(bare_convolutions(model)))
+            else ""
+        )
         raise NoBatchNorm(
             f"{asked} needs batch norm layers that hold running statistics; {type(unwrap(model)).__name__} has none "
-            f"({others}).{lazy} Layer, group and rms norm keep nothing that new data could make stale."
+            f"({others}).{lazy}{folded} Layer, group and rms norm keep nothing that new data could make stale."
         )
     return found
+
+
+def bare_convolutions(model: nn.Module) -> list[str]:
+    """The convolutions of a model that looks folded: two or more, each with a bias, and no norm layer of any kind; else none.
+
+    A network that was made without norm layers looks the same.
+    """
+    found = {
+        name: m for name, m in walk(unwrap(model)) if isinstance(m, _ConvNd) and not isinstance(m, LazyModuleMixin)
+    }
+    biased = all(isinstance(getattr(m, "bias", None), Tensor) for m in found.values())
+    return list(found) if len(found) > 1 and biased and not find_sites(model) else []
 
 
 def select(
