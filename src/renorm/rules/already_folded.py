@@ -30,8 +30,8 @@ class AlreadyFolded(Rule):
                 unit=say("convolutions with a bias and no norm layer in the model"),
                 limit=0.0,
                 message=say(
-                    "This model looks as if its batch norms had been folded into its convolutions (or it was made without any): "
-                    "there are no statistics that new data could recalibrate."
+                    "This model looks as if its batch norms had been folded into its convolutions (or it was made without "
+                    "any): there are no statistics that new data could recalibrate."
                 ),
                 advice=say(
                     "Recalibrate before folding, on the checkpoint this came from. What rounding or pruning moved since then, "
