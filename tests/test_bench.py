@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from renorm.bench import corruptions, fold_table, peers, recalibrate_table, speed_table
+from renorm.bench import compression, compression_table, corruptions, fold_table, peers, recalibrate_table, speed_table
 from renorm.bench.base import Cell, Row, Suite, catalogue, vary
 from renorm.bench.beds import BEDS
 from renorm.bench.intervals import paired, ratio
@@ -371,6 +372,49 @@ def test_the_table_of_fold_computes_its_verdicts() -> None:
 def test_reasons_are_counted_under_a_few_words() -> None:
     assert fold_table.kind("what it reads comes from relu_ in a.b") == "no layer writes what it reads"
     assert fold_table.kind("something new") == "other"
+
+
+def test_the_table_of_compression_computes_shares_and_verdicts() -> None:
+    def row(how: str, seed: int, compressed: float, repaired: float, **more: Any) -> Row:
+        cell = {"bed": "resnet20", "how": how, "amount": 4, "images": 64, "form": "norms", "seed": seed, **more}
+        values = {"source": 20.0, "compressed": compressed, "prior_0": 30.0, "repaired": repaired}
+        if how == "averaged":
+            values = {f"two starts: {way}": value for way, value in values.items()}
+        return Row(Cell.of(**cell), values)
+
+    rows = [row("bits", seed, 40.0, 25.0) for seed in range(3)] + [row("sparsity", 0, 20.5, 22.0, amount=0.7)]
+    rows += [row("averaged", seed, 60.0, 50.0, bed="digits", form="both") for seed in range(3)]
+    lines = compression_table.table(rows).splitlines()
+    assert "| low bit: most of the loss returned | 75 % (resnet20, 4 bits) | pass |" in lines
+    assert "| merged or averaged: most of the loss returned | 25 % (digits, two starts) | **miss** |" in lines
+    assert (
+        "| `repair_` never costs more than 0.5 points | 1 of 3 cases; worst +1.5 (resnet20, 70% pruned) | **miss** |"
+        in lines
+    )
+    assert "| 4 bits | 20.0 | 40.0 | 30.0 | – | – | 25.0 | 75 % [75, 75] |" in lines
+    assert "| 70% pruned | 20.0 | 20.5 | 30.0 | – | – | 22.0 | no loss |" in lines
+    assert "| digits, two starts | 20.0 | 60.0 | 30.0 | – | – | 50.0 | 25 % [25, 25] |" in lines
+    assert "## Targets" in compression_table.table([])
+
+
+@pytest.mark.slow
+def test_two_digit_networks_from_different_starts_collapse_and_come_back() -> None:
+    values = compression._merged_digits(0, 64)
+    for case in ("two starts", "two starts, folded"):
+        lost, back = (values[f"{case}: compressed"] - values[f"{case}: {way}"] for way in ("source", "repaired"))
+        assert lost > 2
+        assert back > 0.5 * lost
+
+
+def test_weights_are_rounded_to_the_grid_by_torchao() -> None:
+    pytest.importorskip("torchao")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    for how, grids in (("bits", 4), ("bits, one grid a layer", 1)):
+        made = compression.COMPRESSIONS[how](copy.deepcopy(model), 3)
+        for channel in made[0].weight.detach().reshape(grids, -1):
+            steps = channel / (channel.unique().diff().min())
+            torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+            assert len(channel.unique()) <= 8
 
 
 def test_peers_fold_by_order_and_by_graph() -> None:

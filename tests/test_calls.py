@@ -365,3 +365,11 @@ def test_mapping_over_tensors_keeps_every_container() -> None:
     assert isinstance(doubled["c"], Pair)
     assert torch.equal(doubled["c"].target, Y * 2)
     assert len(tensors_in(value)) == 6
+
+
+def test_a_batch_or_a_model_without_values_is_refused() -> None:
+    model, x = nn.Linear(3, 2), torch.ones(4, 3)
+    with pytest.raises(BatchError, match="batch 2 is on the meta device, where tensors have no values"):
+        Caller().run(model, x.to("meta"), index=2)
+    with pytest.raises(UsageError, match="it is on the meta device, where weights have no values"):
+        Caller().run(nn.Linear(3, 2, device="meta"), x)

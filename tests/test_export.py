@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from renorm.checkpoints import read_weights
 from renorm.cli import main
-from renorm.errors import CheckpointError, FileExists, MissingExtra, ModelError, UsageError
+from renorm.errors import BatchError, CheckpointError, FileExists, MissingExtra, ModelError, UsageError
 from renorm.export import SUFFIXES, export, preflight
 from renorm.fold import fold, load_folded_, was_folded
 from renorm.provenance import fingerprint
@@ -346,3 +346,13 @@ def test_the_size_of_the_input_is_the_models_own(nets: Path, capsys: pytest.Capt
     pytest.importorskip("timm")
     assert main("fold timm:test_resnet -o folded.pt".split()) == 0
     assert "15 of 15" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_an_example_without_values_is_refused_and_nothing_is_written(folds: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(BatchError, match="on the meta device, where tensors have no values"):
+        export(model, tmp_path / "m.pt2", torch.ones(2, 3, 8, 8, device="meta"), folds=folds)
+    with pytest.raises(UsageError, match="weights have no values"):
+        fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to("meta"), torch.ones(2, 3, 8, 8))
+    assert list(tmp_path.iterdir()) == []

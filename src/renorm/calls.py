@@ -68,11 +68,13 @@ class Caller:
         """Run `model` on one batch, in whatever mode it is in, and say what came out.
 
         An exception of the model's own passes through, with a note on the batch (`index`, shapes) that it met.
-        Raises BatchError for a batch that holds no tensor, no sample, or a number that is not finite.
+        Raises BatchError for a batch that holds no tensor, no sample, or a number that is not finite; UsageError for a model
+        on the meta device.
         """
         model = unwrap(model)
         device = torch.device(self.device) if self.device is not None else device_of(model)
         call = read(batch, model=None if self.forward else model)
+        refuse_valueless(call, device, index=index)
         moved = self._moved(batch if self.forward else (call.args, call.kwargs), device)
         _refuse_non_finite((call.args, call.kwargs), index)  # labels may be missing, and NaN
         if call.samples == 0:
@@ -310,6 +312,19 @@ def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         f"a batch of {', '.join(_describe(v) for v in (*args, *kwargs.values())) or 'nothing'} holds no tensor to pass to the "
         "model; pass tensors, (inputs, labels), a dict or a dataclass of tensors."
     )
+
+
+def refuse_valueless(call: Call, device: torch.device, *, index: int = 0) -> None:
+    """Raise UsageError for a model, BatchError for a batch, on the meta device: there tensors have shapes and no values."""
+    if device.type == "meta":
+        raise UsageError(
+            "the model was to be run, and it is on the meta device, where weights have no values; give them some first "
+            "(model.to_empty(device=...), then load_state_dict)."
+        )
+    if any(tensor.is_meta for tensor in tensors_in((call.args, call.kwargs))):
+        raise BatchError(
+            f"batch {index} is on the meta device, where tensors have no values; pass one that holds numbers."
+        )
 
 
 def _refuse_non_finite(value: Any, index: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from renorm.calls import Call, map_tensors, read, tensors_in
+from renorm.calls import Call, map_tensors, read, refuse_valueless, tensors_in
 from renorm.checkpoints import read as read_weights
 from renorm.checkpoints import write
 from renorm.errors import ModelError, UsageError, require
@@ -86,7 +86,9 @@ def export(
     folded = fold(inner, example) if folds and _has_statistics(inner) else None
     with preserving(inner):
         made = (copy.deepcopy(inner) if folded is None else folded.model).eval()
-        call = _several(read(example, model=inner))
+        call = read(example, model=inner)
+        refuse_valueless(call, device_of(inner))
+        call = _several(call)
         if target.suffix == ".onnx":
             made, call = made.cpu(), _moved(call, torch.device("cpu"))
         else:

@@ -45,8 +45,46 @@ def table(rows: Sequence[Row]) -> str:
     parts = [ABOUT, "## Targets\n", markdown(("target", "measured", "verdict"), _targets(answers, times), words=3)]
     parts += ["## Wrong or untouched, by way\n", _ways(answers)]
     parts += ["## By network\n", _networks(answers), "## Why the others stayed\n", _reasons(answers)]
+    parts += ["## Named families below 90 %, and why\n", _below(answers)]
     parts += [f"## Time of a forward, as a multiple of eager's ({TIMING})\n", _times(times)]
+    profiles = [row for row in rows if row.cell["part"] == "profile"]
+    parts += ["## Where ResNet-50's time goes\n", PROFILE, _profiles(profiles)] if profiles else []
     return "\n".join(parts)
+
+
+PROFILE = """\
+One thread, channels last, 224², shares of the forward's own processor time by torch's profiler; "times eager" is
+processor time, the best of the turns. With one thread and fewer than 16 images torch runs 1 × 1 convolutions without
+oneDNN (`_slow_conv2d_forward`): they take longer, so that batch norm is less of the whole, and a bias there costs a copy
+of its own, which takes back part of what folding saves. `torch.jit.optimize_for_inference` folds too, and gives all
+convolutions to oneDNN with the ReLU fused.
+"""
+
+
+def _profiles(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        v = row.values
+        cells = [
+            f"{100 * v[key]:.0f} %"
+            for key in ("eager native_batch_norm", "folded copy_", "folded _slow_conv2d_forward")
+        ]
+        cells.append(f"{v['folded _slow_conv2d_forward calls']:.0f}")
+        lines.append(
+            [str(row.cell["images"]), *cells, *(f"{v['eager'] / v[way]:.2f}" for way in ("folded", "optimised"))]
+        )
+    head = ["images", "batch norm, eager", "copies, folded", "convolutions without oneDNN, folded", "how many"]
+    return markdown([*head, "folded: times eager", "optimize_for_inference: times eager"], lines)
+
+
+def _below(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        v = row.values
+        if row.cell["on"] in NAMED and v["folded"] < 0.9 * v["norms"]:
+            why = ", ".join(f"{count:.0f}: {key[4:]}" for key, count in v.items() if key.startswith("why "))
+            lines.append([row.cell["on"], why, f"{v['folded']:.0f} of {v['norms']:.0f}"])
+    return markdown(["network", "why the others stayed", "folded"], lines, words=2)
 
 
 TIMING = "channels last, 4 images of 224²; median over turns, with the smallest and largest"
