@@ -391,9 +391,11 @@ def test_the_table_of_compression_computes_shares_and_verdicts() -> None:
         "| `repair_` never costs more than 0.5 points | 1 of 3 cases; worst +1.5 (resnet20, 70% pruned) | **miss** |"
         in lines
     )
-    assert "| 4 bits | 20.0 | 40.0 | 30.0 | – | – | 25.0 | 75 % [75, 75] |" in lines
-    assert "| 70% pruned | 20.0 | 20.5 | 30.0 | – | – | 22.0 | no loss |" in lines
-    assert "| digits, two starts | 20.0 | 60.0 | 30.0 | – | – | 50.0 | 25 % [25, 25] |" in lines
+    assert "| 4 bits | 20.0 | 40.0 | 30.0 | – | – | 25.0 | 75 % [75, 75] | 3 |" in lines
+    assert "| 70% pruned | 20.0 | 20.5 | 30.0 | – | – | 22.0 | no loss | 1 |" in lines
+    assert "| digits, two starts | 20.0 | 60.0 | 30.0 | – | – | 50.0 | 25 % [25, 25] | 3 |" in lines
+    first = [row for row in rows if row.cell["seed"] == 0]
+    assert any(line.endswith("| open: 1 of 3 seeds |") for line in compression_table.table(first).splitlines())
     assert "## Targets" in compression_table.table([])
 
 
