@@ -244,7 +244,7 @@ def _reorder_(model: nn.Sequential, like: nn.Sequential, images: Tensor) -> None
     from scipy.optimize import linear_sum_assignment
 
     layers = [each for each in model if isinstance(each, nn.Conv2d | nn.Linear)]
-    norms = [each for each in model if isinstance(each, nn.BatchNorm2d)]
+    norms = [site.module for site in find_sites(model)]
     ends = [index for index, each in enumerate(model) if isinstance(each, nn.ReLU)]
     for layer, norm, behind, end in zip(layers, norms, layers[1:], ends, strict=False):
         with torch.no_grad():
