@@ -117,7 +117,8 @@ def _rounded(model: nn.Module, bits: int, *, per_channel: bool) -> nn.Module:
 def _pruned(model: nn.Module, share: float) -> nn.Module:
     """The smallest weights of all convolutions together set to zero."""
     chosen = [(module, "weight") for module in model.modules() if isinstance(module, nn.Conv2d)]
-    pruning.global_unstructured(chosen, pruning.L1Unstructured, amount=share)
+    with torch.no_grad():  # a masked weight that has a gradient could not be copied
+        pruning.global_unstructured(chosen, pruning.L1Unstructured, amount=share)
     return model
 
 
