@@ -6,7 +6,7 @@ the model has to be understood: branches, loops, functional calls and modules ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from renorm.said import say
 from renorm.sites import Site, unwrap, walk
 from renorm.state import evaluating, preserving
 
-__all__ = ["Graph", "Layout", "Operation", "Place", "Value", "Visit", "watch"]
+__all__ = ["Graph", "Layout", "Operation", "Place", "Value", "Visit", "giving", "watch"]
 
 
 class Layout(NamedTuple):
@@ -138,6 +138,25 @@ def watch(model: nn.Module, example: Any, *, sites: list[Site], caller: Caller) 
         returned=returned,
         output=output,
     )
+
+
+@contextmanager
+def giving(
+    model: nn.Module, layers: Mapping[str, nn.Module], gave: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Inside, `gave(name, y)` is called with what each call of `layers` gives, and may give another tensor in its place."""
+
+    def noting(name: str) -> Callable[..., Tensor | None]:
+        def after(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+            return gave(name, output) if isinstance(output, Tensor) else None
+
+        return after
+
+    with ExitStack() as stack:
+        stack.enter_context(uncompiled(model))
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(noting(name)).remove)
+        yield
 
 
 class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]

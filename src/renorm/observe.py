@@ -174,25 +174,6 @@ def visiting(model: nn.Module, sites: Iterable[Site], visit: Callable[[Site, Ten
         yield
 
 
-@contextmanager
-def giving(
-    model: nn.Module, layers: Mapping[str, nn.Module], gave: Callable[[str, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Inside, `gave(name, y)` is called with what each call of `layers` gives, and may give another tensor in its place."""
-
-    def noting(name: str) -> Callable[..., Tensor | None]:
-        def after(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            return gave(name, output) if isinstance(output, Tensor) else None
-
-        return after
-
-    with ExitStack() as stack:
-        stack.enter_context(uncompiled(model))
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(noting(name)).remove)
-        yield
-
-
 def outputs_at(model: nn.Module, names: Iterable[str], batch: Any, caller: Caller) -> list[tuple[str, Tensor]]:
     """The outputs of the sites with these names on one batch, in the order they came (the first of a site called twice)."""
     found: dict[str, Tensor] = {}

@@ -23,9 +23,9 @@ from renorm.affine import Affine
 from renorm.calls import Caller, Forward, nonempty
 from renorm.errors import BatchError, UsageError
 from renorm.fold import fold
-from renorm.graph import Graph, watch
+from renorm.graph import Graph, giving, watch
 from renorm.moments import TINY, Moments
-from renorm.observe import giving, measure, visiting
+from renorm.observe import measure, visiting
 from renorm.said import say
 from renorm.shift import Shift
 from renorm.sites import Site, find_sites, select, unwrap, walk
