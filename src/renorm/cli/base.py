@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
+from importlib import import_module
 from inspect import get_annotations, getdoc
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
@@ -41,6 +42,7 @@ class Command(ABC):
 
     name: ClassVar[str]
     example: ClassVar[str]
+    family: ClassVar[str] = "methods"  # the folder in which a command with `method` finds it
 
     format: Literal["table", "json", "html"] = option("table", "how to print the answer")
     report: str = option("", "write the answer as one HTML page, with pictures, besides printing it", metavar="FILE")
@@ -67,10 +69,19 @@ class Command(ABC):
             elif each.positional:
                 parts += [shlex.quote(value)] if value else []
             elif isinstance(value, Mapping):
-                parts += [f"--{each.key}.{key} {shlex.quote(str(item))}" for key, item in value.items()]
+                usual = {s.key: s.default for s in self._method_settings()}
+                parts += [
+                    f"--{each.key}.{key} {shlex.quote(str(item))}"
+                    for key, item in value.items()
+                    if key not in usual or item != usual[key]
+                ]
             elif value != each.default:
                 parts.append(each.flag if value is True else f"{each.short or each.flag} {shlex.quote(str(value))}")
         return " ".join(parts)
+
+    def _method_settings(self) -> list[Setting]:
+        method = methods(type(self)).get(str(getattr(self, "method", "")))
+        return settings(method) if method else []
 
     @property
     def keeps(self) -> bool:
@@ -142,6 +153,12 @@ def _from_docstring(kind: type[Any], name: str) -> str:
     """What the docstring's own line for a field says: "name   words", continued on deeper lines."""
     found = re.search(rf"^{re.escape(name)}  +(.*(?:\n +.*)*)", getdoc(kind) or "", flags=re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
+
+
+def methods(command: type[Command]) -> Mapping[str, type[Any]]:
+    """What `--method` of a command may name, besides auto."""
+    found: Mapping[str, type[Any]] = import_module(f"renorm.{command.family}.base").catalogue()
+    return found
 
 
 def summary(command: type[Command]) -> str:

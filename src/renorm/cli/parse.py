@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from renorm.cli.base import Command, Setting, settings
+from renorm.cli.base import Command, Setting, methods, settings
 from renorm.errors import UnknownName, UsageError
 
 PLACEHOLDER: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
@@ -38,17 +38,17 @@ def parse(kind: type[Command], words: Sequence[str]) -> Command:
 
 
 def every_setting(kind: type[Command], words: Sequence[str]) -> list[Setting]:
-    """The settings of `kind` and, where `words` or a configuration file choose a method, that method's."""
+    """The settings of `kind` and those of its method: the one that `words` or a configuration file choose, else its default."""
     known = settings(kind)
-    method = _peek(words, "method") if any(s.key == "method" for s in known) else None
+    chosen = next((s for s in known if s.key == "method"), None)
+    method = None if chosen is None else _peek(words, "method") or chosen.default
     if method is None or method == "auto":
         return known
-    from renorm.methods.base import catalogue
-
-    methods = catalogue()
-    if str(method) not in methods:
-        raise UnknownName("method", str(method), ["auto", *methods])
-    return known + settings(methods[str(method)], prefix="options.")
+    found = methods(kind)
+    if str(method) not in found:
+        auto = ["auto"] if chosen is not None and chosen.default == "auto" else []
+        raise UnknownName("method", str(method), [*auto, *found])
+    return known + settings(found[str(method)], prefix="options.")
 
 
 def placeholder(setting: Setting) -> str:

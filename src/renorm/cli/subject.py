@@ -50,8 +50,8 @@ class OnModel(Command):
             pretrained=self.pretrained,
         )
 
-    def dataset(self, spec: str, model: Model) -> Dataset:
-        """The data called `spec`, prepared for `model`."""
+    def dataset(self, spec: str, model: Model, *, in_order: bool = False) -> Dataset:
+        """The data called `spec`, prepared for `model`; in the random order of the seed, or as they stand."""
         from renorm.datasets.load import load_data
 
         return load_data(
@@ -61,7 +61,7 @@ class OnModel(Command):
             labels=self.labels,
             limit=self.limit,
             split=self.split,
-            seed=self.seed,
+            seed=None if in_order else self.seed,
             classes=model.classes,
             inputs=self.inputs,
             group=self.group,

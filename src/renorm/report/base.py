@@ -89,6 +89,19 @@ class Spans(Picture):
     full: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lines(Picture):
+    """One line for each (name, tone, points (x, y)), broken where y is no number.
+
+    `bands` shade from x to x, `marks` are upright lines at x; `full` says where the scale of y begins and ends.
+    """
+
+    items: tuple[tuple[str, Tone, tuple[tuple[float, float], ...]], ...]
+    bands: tuple[tuple[float, float, Tone], ...] = ()
+    marks: tuple[tuple[float, Tone], ...] = ()
+    full: tuple[float, float] | None = None
+
+
 Block = Words | Table | Picture
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from renorm.errors import require
-from renorm.report.base import Bars, Heat, Picture, Spans, clean
+from renorm.report.base import Bars, Heat, Lines, Picture, Spans, clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,6 +152,8 @@ def _draw(picture: Picture, part: SubFigure) -> None:
         _heat(picture, part)
     elif isinstance(picture, Spans):
         _spans(picture, part.subplots())
+    elif isinstance(picture, Lines):
+        _lines(picture, part.subplots())
 
 
 def _bars(picture: Bars, axes: Axes) -> None:
@@ -231,3 +233,27 @@ def _spans(picture: Spans, axes: Axes) -> None:
     axes.tick_params(length=0)
     axes.grid(axis="x", color=COLOURS["rule"], linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _lines(picture: Lines, axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for start, end, tone in picture.bands:
+        axes.axvspan(start, end, color=COLOURS[tone], alpha=0.15, linewidth=0)
+    for x, tone in picture.marks:
+        axes.axvline(x, color=COLOURS[tone], linewidth=1, linestyle=(0, (4, 3)))
+    for name, tone, points in picture.items:
+        xs, ys = zip(*points, strict=True)
+        dot = "o" if len(points) == 1 else ""
+        axes.plot(xs, ys, color=COLOURS[tone], linewidth=1.5, marker=dot, markersize=5, label=_label(name))
+    if picture.full:
+        low, high = picture.full
+        axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    if len(picture.items) > 1:
+        axes.legend(frameon=False, fontsize=11, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, borderpad=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.tick_params(length=0)
+    axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(_label(picture.across))
+    axes.set_ylabel(_label(picture.up))
