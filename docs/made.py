@@ -24,12 +24,13 @@ from pymdownx.slugs import slugify
 
 import renorm
 from renorm import layers
-from renorm.cli.base import Command, Setting, catalogue, settings, summary
+from renorm.cli.base import Command, Setting, catalogue, methods, settings, summary
 from renorm.cli.help import usage
 from renorm.cli.parse import placeholder
 from renorm.family import members
 from renorm.layers.base import Layer
 from renorm.methods.base import Method
+from renorm.online.base import Online
 from renorm.regularisers.base import Regulariser
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +153,7 @@ def command(kind: type[Command]) -> str:
     if any(s.key == "method" for s in known):
         parts += [
             f"## With `--method {name}`\n\n{_first(method)}\n\n{_options(settings(method, prefix='options.'))}"
-            for name, method in members("renorm.methods", Method).items()
+            for name, method in methods(kind).items()
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -191,6 +192,7 @@ def api() -> Iterator[tuple[str, str]]:
     families = {
         "Layers": ("What stands where a batch norm stood; `convert_` puts them there.", of_layers),
         "Methods": ("Ways to adapt without labels, by `method=`.", _paths("renorm.methods", Method)),
+        "Online methods": ("Ways to adapt on a stream, by `adapt_(method=)`.", _paths("renorm.online", Online)),
         "Regularisers": ("What keeps fine-tuning near its source.", _paths("renorm.regularisers", Regulariser)),
     }
     written = {

@@ -134,11 +134,11 @@ def _refuse_option(kind: type[Command], name: str, flags: list[str]) -> None:
 def _peek(words: Sequence[str], key: str) -> Any:
     """The value of `--key` in the words, or else in the last configuration file that has it; None where nothing says."""
     said = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word == "--config" or word.startswith("--config="):
             found = _loaded(word.partition("=")[2] or following).get(key)
             said = said if found is None else found
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word == f"--{key}" or word.startswith(f"--{key}="):
             said = word.partition("=")[2] or following
     return said
