@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import renorm as library
-from renorm.adapt import Step
 from renorm.cli import main
 from renorm.cli.base import catalogue
 from renorm.cli.incoming import stopping
@@ -28,6 +27,7 @@ from renorm.errors import BatchError, MissingExtra
 from renorm.online.base import catalogue as methods
 from renorm.report import pictures, stream
 from renorm.report.base import Lines, Table, Words
+from renorm.stream import Step
 from tests.test_cli import NETS, Ran, refused
 
 image = pytest.importorskip("PIL.Image")

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from renorm.stream import Stream
     from renorm.cli.incoming import Part, Paths
     from renorm.cli.predictions import Put, Row
     from renorm.cli.screen import Screen
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from renorm.models import Model
     from renorm.report.base import Report
     from renorm.report.stream import Errors, Streamed
+    from renorm.stream import Stream
 
 INTERRUPTED = 130
 SHOWN = 3  # skipped lines that a note names
@@ -144,7 +144,8 @@ class _Answering:
     """A stream at work: what it was given, what it said, and how often it and the source were right."""
 
     def __init__(self, stream: Stream, home: Stream | None, model: Model, dataset: Dataset | None) -> None:
-        self.samples, self.unanswered = 0, 0
+        self.samples: int = 0
+        self.unanswered: int = 0
         self.notes: tuple[str, ...] = ()
         self._stream, self._home = stream, home
         self._classes = model.classes or (dataset.classes if dataset else None)

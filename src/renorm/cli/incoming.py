@@ -51,7 +51,7 @@ class Paths:
 
     def __init__(self, lines: Iterable[str], decode: Decoder, batch_size: int) -> None:
         self._lines, self._decode, self._size = lines, decode, batch_size
-        self.skipped = 0
+        self.skipped: int = 0
         self.reasons: list[tuple[int, str, str]] = []  # line, path, why: the first ones
 
     def __iter__(self) -> Iterator[Part]:
@@ -119,7 +119,7 @@ class Stop:
     """Whether Ctrl-C was pressed: it ends the wait for the next batch at once, and a batch at work is answered first."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: bool = False
         self._waiting = False
 
     def until(self, parts: Iterable[Part]) -> Iterator[Part]:

@@ -8,10 +8,10 @@ from itertools import groupby
 from math import isfinite, isinf, nan
 from typing import Any, NamedTuple
 
-from renorm.stream import Step
 from renorm.guard import MOVED, UNMOVED
 from renorm.report.base import Bar, Block, Lines, Picture, Table, Told, Tone, Words
 from renorm.said import Said, follow, many, say
+from renorm.stream import Step
 
 ROWS = 10
 POINTS = 200  # of a line: more than the picture has room for
