@@ -63,8 +63,9 @@ class Stream:
         self._subject, self._guard = subject, guard
         touched = {site.name: site.module for site in (*subject.sites, *subject.norms)}
         self._source = _Source(subject)
-        self._undo = Undo("adapt_", touched, parameters=True)
         self._modules = [module for _, module in walk(subject.model)]
+        buffered = {name: module for name, module in walk(subject.model) if module._buffers}  # observers move by themselves
+        self._undo = Undo("adapt_", buffered | touched, parameters=True)
         try:
             with self._ready(training=False):
                 self._running = method.start(subject)
