@@ -64,7 +64,8 @@ class Stream:
         touched = {site.name: site.module for site in (*subject.sites, *subject.norms)}
         self._source = _Source(subject)
         self._modules = [module for _, module in walk(subject.model)]
-        buffered = {name: module for name, module in walk(subject.model) if module._buffers}  # observers move by themselves
+        # with all that holds buffers: observers of a quantisation-aware model move by themselves
+        buffered = {name: module for name, module in walk(subject.model) if module._buffers}
         self._undo = Undo("adapt_", buffered | touched, parameters=True)
         try:
             with self._ready(training=False):

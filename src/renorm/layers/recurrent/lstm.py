@@ -59,7 +59,9 @@ class BNLSTM(Recurrent):
         self, data: Tensor, packed: Packed, state: tuple[Tensor, ...], suffix: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         norms = self._norms(suffix)
-        if not self._in_one(data, packed.sizes) or not all(norm.training for norm in norms.values()):  # one may be frozen
+        if not self._in_one(data, packed.sizes) or not all(
+            norm.training for norm in norms.values()
+        ):  # one may be frozen
             return super()._scan(data, packed, state, suffix)
         passing = {name: norm.begin(packed.sizes, packed.unsorted) for name, norm in norms.items()}
         bias = self._input_bias(suffix) if self.bias else None
