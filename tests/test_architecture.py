@@ -37,6 +37,8 @@ ROOMS = (
         "online",
         "stream",
         "adapt",
+        "accuracy",
+        "kind",
         "regularisers",
         "feed",
         "heads",
@@ -78,7 +80,7 @@ ROOMS = (
         "watch",
         "callbacks",
     ),
-    *("recommend",),
+    *("curve", "timing", "recommend", "cite", "advise"),
     # edges: files, screens, users
     *("preprocessing", "texts", "hub", "models", "datasets", "report", "bench", "cli", "__main__", "__init__"),
 )
@@ -109,7 +111,7 @@ PUBLIC = (
     *("Moments", "Observed", "Shift", "Affine", "Site"),
     *("Observation", "Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
     *("fold", "load_folded_", "repair_", "export"),
-    "diagnose_file",
+    *("diagnose_file", "advise", "Advice", "recommend", "Plan", "cite"),
     *(
         "freeze_",
         "unfreeze_",

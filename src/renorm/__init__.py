@@ -4,7 +4,10 @@ from renorm.adapt import adapt_ as adapt_
 from renorm.adapters import Adapter as Adapter
 from renorm.adapters import load_adapter_ as load_adapter_
 from renorm.adapters import save_adapter as save_adapter
+from renorm.advise import Advice as Advice
+from renorm.advise import advise as advise
 from renorm.affine import Affine as Affine
+from renorm.cite import cite as cite
 from renorm.doctor import Diagnosis as Diagnosis
 from renorm.doctor import diagnose as diagnose
 from renorm.doctor import diagnose_file as diagnose_file
@@ -39,6 +42,8 @@ from renorm.profile import Profile as Profile
 from renorm.profile import profile as profile
 from renorm.recalibrate import Adaptation as Adaptation
 from renorm.recalibrate import recalibrate_ as recalibrate_
+from renorm.recommend import Plan as Plan
+from renorm.recommend import recommend as recommend
 from renorm.repair import Repaired as Repaired
 from renorm.repair import repair_ as repair_
 from renorm.report import notebook as _notebook  # noqa: F401 (registers the faces of results)
@@ -61,6 +66,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptation",
     "Adapter",
+    "Advice",
     "Affine",
     "BatchError",
     "Conversion",
@@ -75,6 +81,7 @@ __all__ = [
     "NoBatchNorm",
     "Observation",
     "Observed",
+    "Plan",
     "Policy",
     "Profile",
     "RenormError",
@@ -87,8 +94,10 @@ __all__ = [
     "Stream",
     "Watch",
     "adapt_",
+    "advise",
     "apply_policy_",
     "check_groups",
+    "cite",
     "convert_",
     "diagnose",
     "diagnose_file",
@@ -107,6 +116,7 @@ __all__ = [
     "policy_table",
     "profile",
     "recalibrate_",
+    "recommend",
     "repair_",
     "save_adapter",
     "serve_adapters",

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from renorm.accuracy import Accuracy
 from renorm.calls import Caller, Forward, Output
 from renorm.checkpoints import read
 from renorm.errors import UsageError
 from renorm.faces import Faces
 from renorm.facts import Facts
+from renorm.kind import Kind
 from renorm.loop import optimizers_in
 from renorm.mend import Undoable
 from renorm.provenance import plain_names
@@ -42,6 +44,8 @@ class Diagnosis(Faces):
     unvisited  batch norm sites that no batch reached
     sites      every norm layer of the model, of any kind
     samples    how many samples were looked at; 0 without data
+    kind       what kind of shift it is and how sure that is; None without data, or where nothing can be told
+    estimate   the share of right answers, estimated without labels, with an interval; None likewise
     notes      what else should be known, as how a file was read
     """
 
@@ -51,6 +55,8 @@ class Diagnosis(Faces):
     unvisited: tuple[str, ...]
     sites: tuple[Site, ...]
     samples: int
+    kind: Kind | None = None
+    estimate: Accuracy | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -127,6 +133,8 @@ def _judged(facts: Facts) -> Diagnosis:
         sites=facts.sites,
         samples=facts.observed.samples if seen else 0,
         notes=tuple(_left_out(index, error) for index, error in facts.failed.items()),
+        kind=facts.kind if seen else None,
+        estimate=facts.accuracy if seen else None,
     )
 
 

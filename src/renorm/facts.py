@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from renorm.accuracy import FEWEST, Accuracy, Home, Look, estimate, look, mean_moved, signals
 from renorm.calls import Caller, read
+from renorm.errors import BatchError, UsageError
 from renorm.freeze import holds_statistics
+from renorm.kind import Kind, kind, moved_at, traces
 from renorm.loop import Loop
 from renorm.mend import Fix, reestimating
+from renorm.methods.equal_mix import class_mix
 from renorm.moments import Moments, Observed
 from renorm.observation import Observation
 from renorm.observe import finish, observing, sites_to_observe
@@ -45,8 +49,9 @@ PASSES: Mapping[str, int] = {
     **{"batch": 0, "held": 0, "new": 0, "broken": 0, "thawing": 0, "file": 0, "graph": 0, "settings": 0},
     **{"optimizers": 0, "loop": 0},
     **{"observed": 1, "parts": 1, "few": 1, "shifts": 1, "distances": 1},
-    **{"calls": 2, "company": 2, "padding": 2, "gap": 3, "suspect": 16},
+    **{"calls": 2, "company": 2, "padding": 2, "gap": 3, "look": 3, "suspect": 16},
 }
+LOOKED = 256  # samples of the first batches by which accuracy and kind are estimated: 3 points
 KEPT = 128  # samples of the first batches that are kept for a second look: the standard error of a share is 4 points
 PARTS = 20  # batches whose moments are kept apart: users bring 5 to 20
 
@@ -145,7 +150,7 @@ class Facts:
     def _remembering(self, batches: Iterable[Any]) -> Iterator[Any]:
         kept = 0
         for index, batch in enumerate(batches):
-            if kept < KEPT:
+            if kept < LOOKED:
                 self._kept[index] = batch
                 kept += read(batch).samples
             yield batch
@@ -186,7 +191,50 @@ class Facts:
     def few(self) -> list[Any]:
         """The first batches, KEPT samples or one batch more, as they came."""
         _ = self.observed
+        reached = list(accumulate(read(batch).samples for batch in self._sound))
+        return [batch for batch, upto in zip(self._sound, [0, *reached], strict=False) if upto < KEPT]
+
+    @property
+    def _sound(self) -> list[Any]:
+        """The batches that were kept, without those that the model could not run."""
         return [batch for index, batch in self._kept.items() if index not in self._failed]
+
+    @cached_property
+    def look(self) -> Look | None:
+        """What the model says of the first batches (LOOKED samples) as it is and recalibrated; None where nothing can be told.
+
+        That is for fewer than 32 samples, outputs that are no logits (N, classes), and statistics that are broken.
+        """
+        _ = self.observed
+        sound = self.held and not self.broken and not self.observed.unvisited
+        if not sound or sum(read(batch).samples for batch in self._sound) < FEWEST:
+            return None
+        try:
+            return look(self.model, self._sound, self.caller, self.source)
+        except (BatchError, UsageError):  # no logits, or a last batch that cannot stand alone
+            return None
+
+    @cached_property
+    def accuracy(self) -> Accuracy | None:
+        """The share of right answers, estimated without labels; None as for `look`."""
+        if self.look is None:
+            return None
+        home = Home.known(self.source)
+        found = signals(self.look, moved=self.moved, home=home)
+        return estimate(found, samples=len(self.look.source), home=home)
+
+    @cached_property
+    def kind(self) -> Kind | None:
+        """What kind of shift it is; None as for `look`."""
+        return None if self.look is None else kind(traces(self.look, values=self.moved, source=self.source))
+
+    @cached_property
+    def moved(self) -> float:
+        """How far the batches lie from the source, mean over sites: at equal class mix with a profile, else as they are."""
+        if self.source is not None and self.look is not None:
+            mix = class_mix(self.look.source, self.source.prior)
+            return moved_at(mix, self.source, self.observed, self.batch)
+        return mean_moved(shift.moved for shift in self.shifts.values())
 
     @cached_property
     def gap(self) -> Gap | None:

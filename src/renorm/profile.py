@@ -46,6 +46,8 @@ class Profile:
     labelled    whether classes are labels, or the model's own softmax
     accuracy    on the profile's images; None without labels
     confidence  mean largest probability on them
+    threshold   the confidence below which as many of them lie as are answered wrong (ATC); None without labels, or in files
+                of before it was kept
 
     Moments are kept in units of `held`: ((x − μs)/σs) and its square, averaged per image, then per class.
     """
@@ -60,6 +62,7 @@ class Profile:
     labelled: bool
     accuracy: float | None
     confidence: float
+    threshold: float | None = None
 
     @property
     def prior(self) -> Tensor:
@@ -133,7 +136,7 @@ class Profile:
             "format": FORMAT,
             "sites": json.dumps({name: len(m.mean) for name, m in self.held.items()}),
             "source": json.dumps(
-                {name: getattr(self, name) for name in ("samples", "labelled", "accuracy", "confidence")}
+                {name: getattr(self, name) for name in ("samples", "labelled", "accuracy", "confidence", "threshold")}
             ),
         }
         with writing(path, force=force) as temporary:
@@ -224,7 +227,8 @@ class _Tally:
         self._counts = torch.zeros(0, dtype=torch.float64)
         self._halves = torch.zeros(2, dtype=torch.float64)
         self._samples = self._right = 0
-        self._confidence, self._labelled = 0.0, True
+        self._sure: list[Tensor] = []
+        self._labelled = True
 
     def visit(self, site: Site, x: Tensor) -> None:
         if x.numel():
@@ -247,7 +251,7 @@ class _Tally:
         self._counts += classes.sum(0)
         self._halves += halves.sum(0)
         self._samples += len(logits)
-        self._confidence += float(probabilities.amax(1).sum())
+        self._sure.append(probabilities.amax(1))
         if self._labelled:
             self._right += int((logits.argmax(1) == classes.argmax(1)).sum())
 
@@ -259,6 +263,7 @@ class _Tally:
         base = sums.sum(0) / self._samples
         excess = torch.where(seen[:, None], sums / self._counts.clamp_min(TINY)[:, None] - base, 0.0)
         scores, directions = low_rank(excess)
+        sure, right = torch.cat(self._sure), self._right / self._samples
         return Profile(
             held=held,
             gaps={name: self._gap(name) for name in held},
@@ -268,8 +273,9 @@ class _Tally:
             directions=directions,
             samples=self._samples,
             labelled=self._labelled,
-            accuracy=self._right / self._samples if self._labelled else None,
-            confidence=self._confidence / self._samples,
+            accuracy=right if self._labelled else None,
+            confidence=float(sure.mean()),
+            threshold=reached_by(sure, right) if self._labelled else None,
         )
 
     def _classes(self, probabilities: Tensor, labels: Any, index: int) -> Tensor:
@@ -298,6 +304,11 @@ class _Tally:
         # with noise c/n the halves show gap + 2c/n and the whole gap + c/n: the difference is the noise
         part = sum(moved(half, held, eps=eps) for half in halves / self._halves[:, None]) / 2
         return max(0.0, 2 * whole - part)
+
+
+def reached_by(sure: Tensor, accuracy: float) -> float:
+    """The confidence that a share `accuracy` of these reach. Shapes: sure (N,)."""
+    return float(torch.quantile(sure.sort().values[-(2**24) :], 1.0 - accuracy))  # torch's quantile takes no more
 
 
 def moved(home: Tensor, held: Moments, *, eps: float) -> float:

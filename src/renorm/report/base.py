@@ -102,6 +102,14 @@ class Lines(Picture):
     full: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Curves(Picture):
+    """One line for each (name, points, tone), points as (x, y); both axes are logarithmic; `limits` as of bars."""
+
+    series: tuple[tuple[str, tuple[tuple[float, float], ...], Tone], ...]
+    limits: tuple[tuple[float, Tone], ...] = ()
+
+
 Block = Words | Table | Picture
 
 

@@ -9,7 +9,7 @@ from math import exp
 from typing import Any
 
 from renorm.doctor import Diagnosis
-from renorm.report import shifts
+from renorm.report import estimates, shifts
 from renorm.report.base import Bar, Block, Picture, Table, Told, Tone, Words
 from renorm.report.shifts import name
 from renorm.rules.base import Finding, catalogue
@@ -76,6 +76,7 @@ def verdict(diagnosis: Diagnosis) -> Words:
 def blocks(diagnosis: Diagnosis, *, rows: int = ROWS) -> tuple[Block, ...]:
     """What follows the verdict: the findings that it is not, then the sites, worst first."""
     parts: list[Block] = list(_about(diagnosis.findings)[0 if diagnosis.healthy else 1 :])
+    parts += estimates.blocks(diagnosis.kind, diagnosis.estimate)
     parts += pictures(diagnosis)
     if diagnosis.distances:
         parts.append(_table(diagnosis, rows))
@@ -114,6 +115,7 @@ def result(diagnosis: Diagnosis) -> dict[str, Any]:
         },
         "unvisited": list(diagnosis.unvisited),
         "samples": diagnosis.samples,
+        **estimates.result(diagnosis.kind, diagnosis.estimate),
         "sites": [{"name": site.name, "kind": site.kind, "channels": site.channels} for site in diagnosis.sites],
     }
 

@@ -7,14 +7,18 @@ from functools import partial
 from math import isfinite
 from typing import Any
 
+from renorm.advise import Advice
 from renorm.doctor import Diagnosis
 from renorm.errors import UnknownName, UsageError, require
 from renorm.evaluate import Score
 from renorm.faces import figure, frame, html
 from renorm.recalibrate import Adaptation
+from renorm.recommend import Plan
 from renorm.report import adaptation as adaptations
+from renorm.report import advice as advices
 from renorm.report import diagnosis as diagnoses
 from renorm.report import gap as gaps
+from renorm.report import plan as plans
 from renorm.report import score as scores
 from renorm.report.base import Bars, Picture, Tone
 from renorm.said import say
@@ -50,6 +54,20 @@ def _(value: Gap) -> str:
     from renorm.report.html import fragment
 
     return fragment(gaps.verdict(value), gaps.table(value))
+
+
+@html.register
+def _(value: Advice) -> str:
+    from renorm.report.html import fragment
+
+    return fragment(advices.verdict(value), *advices.blocks(value))
+
+
+@html.register
+def _(value: Plan) -> str:
+    from renorm.report.html import fragment
+
+    return fragment(plans.verdict(value), *plans.blocks(value))
 
 
 # ── tables ──
@@ -109,6 +127,19 @@ def _(value: Gap, per: str) -> Any:
     return _pandas().DataFrame([gaps.result(value)])
 
 
+@frame.register
+def _(value: Advice, per: str) -> Any:
+    _one_row(per)
+    rows = {i.topic: {"choice": i.choice, "value": i.value, "unit": i.unit, "why": i.why} for i in value.items}
+    return _pandas().DataFrame.from_dict(rows, orient="index").rename_axis("topic")
+
+
+@frame.register
+def _(value: Plan, per: str) -> Any:
+    _one_row(per)
+    return _pandas().DataFrame(plans.result(value)["ranking"]).set_index("name")
+
+
 # ── pictures ──
 
 
@@ -138,6 +169,17 @@ def _(value: Gap) -> Any:
     if not isfinite(value.max_abs):
         return _drawn([], "the outputs differ by numbers that are not finite")
     return _drawn([Bars(title, items=sizes, up=say("difference of the outputs"))], "")
+
+
+@figure.register
+def _(value: Advice) -> Any:
+    return _drawn(advices.pictures(value), "no site saw two images")
+
+
+@figure.register
+def _(value: Plan) -> Any:
+    found = [block for block in plans.blocks(value) if isinstance(block, Picture)]
+    return _drawn(found, "there are no labels to count right answers by")
 
 
 # ── how ──

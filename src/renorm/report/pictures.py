@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from renorm.errors import require
-from renorm.report.base import Bars, Heat, Lines, Picture, Spans, clean
+from renorm.report.base import Bars, Curves, Heat, Lines, Picture, Spans, clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,6 +154,8 @@ def _draw(picture: Picture, part: SubFigure) -> None:
         _spans(picture, part.subplots())
     elif isinstance(picture, Lines):
         _lines(picture, part.subplots())
+    elif isinstance(picture, Curves):
+        _curves(picture, part.subplots())
 
 
 def _bars(picture: Bars, axes: Axes) -> None:
@@ -257,3 +259,20 @@ def _lines(picture: Lines, axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.set_xlabel(_label(picture.across))
     axes.set_ylabel(_label(picture.up))
+
+
+def _curves(picture: Curves, axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    for name, points, tone in picture.series:
+        across, up = zip(*points, strict=True)
+        style = {"marker": "o", "linestyle": "none", "markersize": 5} if tone == "good" else {"linewidth": 1.6}
+        axes.plot(across, up, color=COLOURS[tone], label=_label(name), **style)
+    for value, tone in picture.limits:
+        axes.axhline(value, color=COLOURS[tone], linewidth=1, linestyle=(0, (4, 3)))
+    axes.set(xscale="log", yscale="log", xlabel=_label(picture.across), ylabel=_label(picture.up))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(10, subs=(1.0, 3.0), numticks=6))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(LogLocator(10, subs=()))
+    axes.legend(frameon=False, loc="upper right", fontsize=11)
