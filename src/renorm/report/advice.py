@@ -113,7 +113,7 @@ def _timings(timings: Timings) -> Table:
     slowest = max(timings.seconds.values())
     drawn = sorted(timings.seconds.items(), key=lambda item: item[1])
     rows = tuple((name, Bar(seconds / slowest, f"{1000 * seconds:.1f}")) for name, seconds in drawn)
-    note = follow(*(say("{name} {why}.", name=name, why=why) for name, why in timings.left_out.items()))
+    note = follow(*(say("{name}: {why}.", name=name, why=why) for name, why in timings.left_out.items()))
     return Table(
         say("Milliseconds for {samples} samples, by way of running the model", samples=timings.samples),
         (say("way"), say("ms")),

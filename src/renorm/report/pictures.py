@@ -275,4 +275,4 @@ def _curves(picture: Curves, axes: Axes) -> None:
         axis.set_major_locator(LogLocator(10, subs=(1.0, 3.0), numticks=6))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(LogLocator(10, subs=()))
-    axes.legend(frameon=False, loc="upper right", fontsize=11)
+    axes.legend(frameon=False, loc="lower left", fontsize=11)

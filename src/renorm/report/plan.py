@@ -44,7 +44,7 @@ def blocks(plan: Plan) -> tuple[Block, ...]:
         (f"{place}", each.name, _judgement(each, plan), f"{each.seconds:.1f}")
         for place, each in enumerate(plan.ranking, start=1)
     )
-    note = follow(*(say("{name} {why}.", name=name, why=why) for name, why in plan.left_out.items()))
+    note = follow(*(say("{name}: {why}.", name=name, why=why) for name, why in plan.left_out.items()))
     head = ("", say("candidate"), say("right") if plan.labelled else say("believed"), say("seconds"))
     parts.append(Table(say("What was tried, best first"), head, rows, words=(head[1],), note=note))
     return tuple(parts)
