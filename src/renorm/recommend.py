@@ -260,7 +260,8 @@ def _plan(
     why = best.why
     if best.verb == "leave" and len(ranking) > 1:
         if truth is None:
-            why = say("no change is believed to be better; the nearest: {why}", why=ranking[1].why)
+            against = [each for each in ranking[1:] if each.trust is not None and not each.trust.better]
+            why = say("no change is believed to be better; the nearest: {why}", why=(against or ranking[1:])[0].why)
         else:
             why = say("no change is better by more than chance; the nearest: {why}", why=ranking[1].why)
     elif truth is None and best.verb != "leave":
