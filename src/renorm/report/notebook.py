@@ -15,7 +15,7 @@ from renorm.faces import figure, frame, html
 from renorm.recalibrate import Adaptation
 from renorm.recommend import Plan
 from renorm.report import adaptation as adaptations
-from renorm.report import advice as advices
+from renorm.report import advice as settings
 from renorm.report import diagnosis as diagnoses
 from renorm.report import gap as gaps
 from renorm.report import plan as plans
@@ -60,7 +60,7 @@ def _(value: Gap) -> str:
 def _(value: Advice) -> str:
     from renorm.report.html import fragment
 
-    return fragment(advices.verdict(value), *advices.blocks(value))
+    return fragment(settings.verdict(value), *settings.blocks(value))
 
 
 @html.register
@@ -173,7 +173,7 @@ def _(value: Gap) -> Any:
 
 @figure.register
 def _(value: Advice) -> Any:
-    return _drawn(advices.pictures(value), "no site saw two images")
+    return _drawn(settings.pictures(value), "no site saw two images")
 
 
 @figure.register
