@@ -281,6 +281,7 @@ LATIN = {
         "file",
         "nll",
     ),
+    *("docs", "shift", "mismatch"),  # the name of a page
 }
 
 
