@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from renorm.errors import UsageError, require
+from renorm.errors import require
 from renorm.finetune import finetune_
 from renorm.layers.batch import BatchNorm
 from renorm.layers.recurrent.lstm import BNLSTM
@@ -151,8 +151,8 @@ def adapted(way: str, model: nn.Module, source: Batches, target: Batches) -> Map
     elif way == "affine":
         with torch.random.fork_rng(devices=[]):
             finetune_(model, labelled, policy="affine-only", epochs=5, head="keep")
-    elif way != "source":
-        raise UsageError(f"a way is one of {', '.join((*WAYS, 'affine'))}; got {way!r}.")
+    else:
+        assert way == "source", way
     model.eval()
     with torch.no_grad():
         right = [(model(**inputs).argmax(1) == labels).double() for inputs, labels in rest]

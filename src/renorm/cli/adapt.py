@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -68,7 +69,7 @@ class Adapt(OnModel):
         from renorm.report.base import Report
 
         target = writable(self.output, force=self.force)
-        kept = _kept(self.state, self.output)
+        kept = _kept(self.state)
         model = self.opened()
         dataset = None if self.data == "-" else self.dataset(self.data, model, in_order=not self.shuffle)
         paths = self._paths(model) if dataset is None else None
@@ -133,7 +134,7 @@ class Adapt(OnModel):
         if answering.samples:
             return
         if interrupted:
-            raise KeyboardInterrupt
+            signal.default_int_handler(signal.SIGINT, None)
         first = f" The first one: {paths.reasons[0][2]}" if paths and paths.reasons else ""
         raise DataError(
             f"standard input named no image that could be read, and nothing was written.{first} Send one path a line."
@@ -262,9 +263,8 @@ def _skips(paths: Paths | None) -> tuple[str, ...]:
 # ── what was learnt, in a file ──
 
 
-def _kept(state: str, output: str) -> Path | None:
+def _kept(state: str) -> Path | None:
     """The file of the state, if one was named that can be written."""
-    from pathlib import Path
 
     from renorm.files import refuse_existing
 
@@ -272,8 +272,6 @@ def _kept(state: str, output: str) -> Path | None:
         return None
     if not state.endswith(".safetensors"):
         raise UsageError(f"--state is a .safetensors file; got {state}. Give it that suffix.")
-    if Path(state).resolve() == Path(output).resolve():
-        raise UsageError(f"-o and --state both name {state}. Give the state another name.")
     return refuse_existing(state, force=True)  # it is there to be written over
 
 

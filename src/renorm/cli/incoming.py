@@ -140,7 +140,7 @@ class Stop:
         again, self.asked = self.asked, True
         if self._waiting or again:  # a second one does not wait, and nothing is written
             self._waiting = False
-            raise KeyboardInterrupt
+            signal.default_int_handler(number, frame)
 
 
 @contextmanager
