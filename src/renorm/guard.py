@@ -73,8 +73,8 @@ class Watch:
     """
 
     def __init__(self, guard: Guard) -> None:
-        self.guard = guard
-        self.believed = False
+        self.guard: Guard = guard
+        self.believed: bool = False
         self._owed = 0.0
         self._came = 0
         self._forget()

@@ -57,13 +57,15 @@ class Joint(Alone):
     ) -> None:
         assert recipe.target is not None  # or there is nothing joint
         _refuse(recipe, moving)
-        self.target = several_passes(recipe.target, asked="target=")
-        self.feed = Feed(self.target, recipe.epochs, recipe.seed + 1, feed.rank, feed.world)
-        self.plain = recipe.caller
-        self.caller = replace(recipe.caller, forward=self._forward, output=None)
-        self.weight = recipe.target_weight
+        self.target: Iterable[Any] = several_passes(recipe.target, asked="target=")
+        super().__init__(recipe)
+        own = Feed(self.target, recipe.epochs, recipe.seed + 1, feed.rank, feed.world)
+        self.feed: Feed | None = own
+        self.plain: Caller = recipe.caller
+        self.caller: Caller = replace(recipe.caller, forward=self._forward, output=None)
+        self.weight: float = recipe.target_weight
         self._answers: Tensor | None = None
-        self._batches = islice(self._endless(self.feed), taken, None)
+        self._batches = islice(self._endless(own), taken, None)
         self._ids = Domains()
         options: dict[str, Any] = {"domains": [TARGET, SOURCE]} if recipe.joint == "per_domain" else {}
         conversion = convert_(model, to=recipe.joint, include=moving, **options)

@@ -53,7 +53,11 @@ class Tally:
         self.site = site
         self.owner = owner
         self.polled = False
-        self.live = self.again = self.silent = self.validating = self.samples = 0
+        self.live: int = 0
+        self.again: int = 0
+        self.silent: int = 0
+        self.validating: int = 0
+        self.samples: int = 0
         self._momentum = site.momentum
         self._updates: Counter[int] = Counter()
         self._again = self._silent = self._forward = self._calls = self._most = 0

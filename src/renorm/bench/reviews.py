@@ -41,7 +41,7 @@ class _Reader(nn.Module):
     def __init__(self, numbers: Mapping[str, int], analyse: Any) -> None:
         super().__init__()
         self._numbers, self._analyse = dict(numbers), analyse
-        self.embedding = nn.Embedding(WORDS + 2, WIDTH, padding_idx=0)
+        self.embedding: nn.Embedding = nn.Embedding(WORDS + 2, WIDTH, padding_idx=0)
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Numbers of the first words of each text, and which places are words."""
@@ -57,8 +57,9 @@ class Convolutional(_Reader):
 
     def __init__(self, numbers: Mapping[str, int], analyse: Any) -> None:
         super().__init__(numbers, analyse)
-        self.convolution, self.norm = nn.Conv1d(WIDTH, 64, 5, padding=2, bias=False), BatchNorm(64)
-        self.head = nn.Linear(64, 2)
+        self.convolution: nn.Conv1d = nn.Conv1d(WIDTH, 64, 5, padding=2, bias=False)
+        self.norm: BatchNorm = BatchNorm(64)
+        self.head: nn.Linear = nn.Linear(64, 2)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         x = self.convolution(self.embedding(input_ids).transpose(1, 2))
@@ -72,8 +73,8 @@ class Recurrent(_Reader):
 
     def __init__(self, numbers: Mapping[str, int], analyse: Any) -> None:
         super().__init__(numbers, analyse)
-        self.rnn = BNLSTM(WIDTH, 32, steps=LONGEST, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(64, 2)
+        self.rnn: BNLSTM = BNLSTM(WIDTH, 32, steps=LONGEST, batch_first=True, bidirectional=True)
+        self.head: nn.Linear = nn.Linear(64, 2)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         output = self.rnn(self.embedding(input_ids), lengths=mask.sum(1))[0]
@@ -96,7 +97,7 @@ class Transformer(_Reader):
             intermediate_size=2 * WIDTH,
             max_position_embeddings=LONGEST,
         )
-        self.bert = transformers.BertForSequenceClassification(config)
+        self.bert: nn.Module = transformers.BertForSequenceClassification(config)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         logits: Tensor = self.bert(input_ids=input_ids, attention_mask=mask.long()).logits

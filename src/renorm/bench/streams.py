@@ -12,7 +12,7 @@ Measured are all images but the poisoned ones, by the answers that the stream ga
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -156,4 +156,4 @@ _MIXES: dict[str, Callable[[Bed, Labelled, Generator, int], tuple[Tensor, Tensor
     "after": _after,
     "poisoned": _poisoned,
 }
-STREAMS = {**ORDERS, **_MIXES}
+STREAMS: dict[str, Callable[..., Any]] = {**ORDERS, **_MIXES}

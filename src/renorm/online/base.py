@@ -61,9 +61,11 @@ class Running(ABC):
     trains: ClassVar[bool] = False  # whether the forward has to keep a graph
 
     def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.changes = 0  # of domain, as far as the method notices them
-        self.held = {site.name: held for site in subject.sites if (held := site.statistics()) is not None}
+        self.subject: Subject = subject
+        self.changes: int = 0  # of domain, as far as the method notices them
+        self.held: dict[str, Moments] = {
+            site.name: held for site in subject.sites if (held := site.statistics()) is not None
+        }
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
         """A batch comes; `learn` says whether `finish` will be told."""

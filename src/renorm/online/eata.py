@@ -61,7 +61,7 @@ class Selecting(Descending):
         self._method = method
         self._mean: Tensor | None = None  # of the probabilities of selected samples
         self._fisher = self._measured() if subject.home is not None and method.anchor != 0 else {}
-        self.selected = 0
+        self.selected: int = 0
 
     def loss(self, logits: Tensor) -> Tensor | None:
         classes = logits.shape[1]

@@ -57,7 +57,7 @@ class Descending(Running):
                 "are parameters (frozen copies keep buffers); use a method without gradients, such as shrink."
             )
         self.origin: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.skipped = 0
+        self.skipped: int = 0
         self._early = Early(subject.sites, self.held)
         held = list(self.parameters.values())
         adam = method.optimiser == "adam"
