@@ -81,8 +81,8 @@ class Stream:
     def __call__(self, batch: Any) -> Tensor:
         """Logits for the batch, and the stream has learnt from it.
 
-        Samples with numbers that are not finite get NaN. Raises BatchError for a batch without samples or of a shape that
-        the model cannot take; the state is then what it was.
+        Samples with numbers that are not finite get NaN. Raises BatchError for a batch without samples; what the model itself
+        raises, as for a shape that it cannot take, passes through with a note. The state is then what it was.
         """
         self._refuse_closed()
         batch = map_arrays(batch)

@@ -20,7 +20,7 @@ class Lame(Online):
     """Laplacian-adjusted answers within each batch, from the source model (Boudiaf et al. 2022, eq. 5).
 
     Answers Y go on as `softmax(ln p + W Y)` until the bound changes by less than 1e-8 of itself, `rounds` times at the most.
-    W is a radial basis function of the distance between l2-normalised class scores' log probabilities, its width the mean
+    W is a radial basis function of the distance between l2-normalised class scores (logits), its width the mean
     distance to the `neighbours`-th neighbour, itself counted. The paper measures distances between features before the head;
     class scores need no knowledge of the model. Wins only where neighbours in time are of one class, and does harm elsewhere.
     """
