@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from renorm.bench import compression, compression_table, corruptions, fold_table, peers, recalibrate_table, speed_table
-from renorm.bench.base import Cell, Row, Suite, catalogue, vary
+from renorm.bench.base import SIZES, Cell, Row, Suite, catalogue, vary
 from renorm.bench.beds import BEDS
 from renorm.bench.intervals import paired, ratio
 from renorm.bench.resample import some_classes
@@ -473,6 +473,19 @@ def test_the_table_of_transfer_computes_its_verdicts() -> None:
     table(None, [])  # type: ignore[arg-type]
 
 
+def test_quick_cells_of_transfer_are_cells_of_full_and_leave_no_task_out() -> None:
+    from renorm.bench.transfer_tasks import TASKS
+
+    data = shared("nets.py").parent
+    quick, full = (list(catalogue()["transfer"](data=data, size=size).cells()) for size in SIZES)
+    assert full[: len(quick)] == quick, "rows of the one are rows of the other"
+    assert len({cell.key for cell in full}) == len(full)
+    compared = {(cell["task"], cell["way"]) for cell in quick if dict(cell.factors).get("share") == 0.15}
+    assert compared >= {(task, way) for task in TASKS for way in ("plain", "plain, BN in eval", "Lightning", "auto")}
+    # about 13 seconds each of a large network on one core: of more than these quick would be none
+    assert sum(not TASKS[cell["task"]].near for cell in quick) < 70
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["plain", "plain, BN in eval", "Lightning", "auto", "affine-and-head"])
 def test_a_cell_of_transfer_learns_a_new_task(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +493,7 @@ def test_a_cell_of_transfer_learns_a_new_task(way: str, monkeypatch: pytest.Monk
 
     if way == "Lightning":
         pytest.importorskip("lightning")
-    monkeypatch.setitem(transfer.STEPS, "quick", 10)
+    monkeypatch.setattr(transfer, "STEPS", 10)
     suite = catalogue()["transfer"](data=shared("nets.py").parent)
     values = suite.run_cell(Cell.of(task="gas batch 5", share=0.15, seed=0, way=way))
     assert 0 <= values["error"] < 60

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,16 @@ from renorm.split import split
 
 __all__ = ["Transfer"]
 
-SHARES: dict[str, tuple[float, ...]] = {"quick": (0.15, 0.05), "full": (0.15, 0.05, 0.3, 1.0)}
-REGULARISED_AT = 0.15
-STEPS = {"quick": 100, "full": 500}  # of training at least: a small share is seen more often
+FEW = 0.15  # of the labels: the share at which every task stands in both sizes
+SHARES = (FEW, 0.05, 0.3, 1.0)
+STEPS = 100  # of training at least: a small share is seen more often
 LEAST_EPOCHS = 5
-MEASURED = {"quick": 500, "full": 5000}
+MEASURED = 500  # test samples
 BATCH = 32
 DIGITS = "mnist to usps, unlabelled"
 JOINT = ("as it came", "source again", "recalibrated", "per_domain", "transferable")
 JOINT_EPOCHS = 4
+FEWER = ("tinyimagenet20", "pneumoniamnist")  # large networks of the quick size with 5 % of the labels
 COST_STEPS = 24  # of each way within a turn
 COST_TURNS = 3
 
@@ -95,19 +96,41 @@ class Transfer(Suite):
     )
 
     def cells(self) -> Iterator[Cell]:
-        for share in SHARES[self.size]:
+        """Cells of both sizes measure the same: quick ones come first, and their rows may be copied to the full size's."""
+        quick = list(self._quick())
+        known = {cell.key for cell in quick}
+        yield from quick
+        if self.size == "full":
+            yield from (cell for cell in self._full() if cell.key not in known)
+
+    def _quick(self) -> Iterator[Cell]:
+        """Small networks with every way; large ones beside the scripts of others, and where labels are fewest on two tasks."""
+        for task, told in TASKS.items():
+            ways = {FEW: (*PEERS, "auto", *NAMES), 0.05: ("plain", "auto", *NAMES)}
+            if not told.near:
+                ways = {FEW: (*PEERS, "auto")} | ({0.05: ("plain", "auto")} if task in FEWER else {})
+            for share, some in ways.items():
+                yield from self._grid(task, share, some)
+        yield from self._costs()
+
+    def _full(self) -> Iterator[Cell]:
+        for share in SHARES:
             for task in TASKS:
-                for seed in range(self.seeds):
-                    for way in WAYS:
-                        yield Cell.of(task=task, share=share, seed=seed, way=way)
+                yield from self._grid(task, share, WAYS)
         for task in TASKS:
-            for seed in range(self.seeds):
-                for way in REGULARISED:
-                    yield Cell.of(task=task, share=REGULARISED_AT, seed=seed, way=way)
+            yield from self._grid(task, FEW, REGULARISED)
         for seed in range(self.seeds):
-            yield Cell.of(task="tinyimagenet20", seed=seed, way="cost")
             for way in JOINT:
                 yield Cell.of(task=DIGITS, seed=seed, way=way)
+
+    def _grid(self, task: str, share: float, ways: Iterable[str]) -> Iterator[Cell]:
+        for seed in range(self.seeds):
+            for way in ways:
+                yield Cell.of(task=task, share=share, seed=seed, way=way)
+
+    def _costs(self) -> Iterator[Cell]:
+        for seed in range(self.seeds):
+            yield Cell.of(task="tinyimagenet20", seed=seed, way="cost")
 
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
         if cell["task"] == DIGITS:
@@ -119,12 +142,12 @@ class Transfer(Suite):
         train = _share(train, cell["share"], cell["seed"])
         classes = int(test.labels.max()) + 1
         batches = -(-len(train.labels) // BATCH)
-        epochs = max(LEAST_EPOCHS, -(-STEPS[self.size] // batches))
+        epochs = max(LEAST_EPOCHS, -(-STEPS // batches))
         job = Job(task.source(self.data), train, classes, epochs, cell["seed"])
         start = perf_counter()
         (WAYS | REGULARISED)[cell["way"]](job)
         seconds = perf_counter() - start
-        measured = test.first(MEASURED[self.size])
+        measured = test.first(MEASURED)
         found = {"error": error(job.model, measured), "labels": len(train.labels), "training_seconds": seconds}
         return found | (_sizes(job.model) if cell["way"] == "affine-and-head" else {})
 
