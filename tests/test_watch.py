@@ -311,6 +311,90 @@ def test_an_optimiser_alone_is_enough_for_the_rules_on_its_groups() -> None:
     assert [(f.site, f.value) for f in stale] == [("block.1", 2.0)]
 
 
+def groups_of(*optimizers: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Every group, with what it holds by identity."""
+    return [
+        group | {"params": [id(p) for p in group["params"]]}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+
+
+def named_groups(model: nn.Module) -> list[dict[str, Any]]:
+    return [
+        {"params": list(model.named_parameters()), "lr": 0.1, "weight_decay": 1e-2, "name": "all"},
+    ]
+
+
+@pytest.mark.parametrize("made", ["plain", "named", "norms alone", "two"])
+def test_decay_is_taken_off_norms_in_the_optimiser_itself_and_put_back(made: str) -> None:
+    model = net()
+    affine = [p for site in find_sites(model) for p in site.affine.values()]
+    rest = [p for p in model.parameters() if all(p is not a for a in affine)]
+    optimizers: list[torch.optim.Optimizer] = {
+        "plain": lambda: [torch.optim.AdamW(model.parameters(), lr=0.1)],
+        "named": lambda: [torch.optim.SGD(named_groups(model), momentum=0.9)],
+        "norms alone": lambda: [torch.optim.SGD([{"params": affine}, {"params": rest}], lr=0.1, weight_decay=0.1)],
+        "two": lambda: [
+            torch.optim.SGD(affine, lr=0.1, weight_decay=0.1),
+            torch.optim.SGD(rest, lr=0.1, weight_decay=0.1),
+        ],
+    }[made]()
+    step(model, optimizers[0])
+    before, learnt = groups_of(*optimizers), [copy.deepcopy(o.state_dict()) for o in optimizers]
+    (finding,) = [f for f in diagnose(model, optimizer=optimizers).findings if f.rule == "BN401"]
+    assert finding.fix_ is not None
+    undo = finding.fix_(model)
+    assert [f for f in diagnose(model, optimizer=optimizers).findings if f.rule in ("BN401", "BN402")] == []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert len(group.get("param_names", group["params"])) == len(group["params"])
+            some = any(p is a for p in group["params"] for a in affine)
+            assert group["weight_decay"] == (0 if some else pytest.approx(before[0]["weight_decay"]))
+    undo.restore_()
+    assert groups_of(*optimizers) == before
+    assert [str(o.state_dict()) for o in optimizers] == [str(state) for state in learnt]
+    finding.fix_(model)
+    step(model, optimizers[0])  # and it trains on with its momentum
+    with pytest.raises(UsageError, match="holds no parameter of this model"):
+        finding.fix_(copy.deepcopy(model))
+
+
+def test_a_parameter_in_no_group_is_added_and_one_with_an_old_gradient_held_still() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    model.stem[1].weight = nn.Parameter(torch.ones(6))
+    before = groups_of(optimizer)
+    (lost,) = [f for f in diagnose(model, optimizer=optimizer).findings if f.rule == "BN402"]
+    assert lost.fix_ is not None
+    undo = lost.fix_(model)
+    step(model, optimizer)
+    assert not torch.equal(model.stem[1].weight, torch.ones(6))
+    undo.restore_()
+    assert groups_of(optimizer) == before
+    optimizer.state_dict()  # refuses what is known of a parameter in no group
+    lost.fix_(model)
+    step(model, optimizer)
+    model.block[1].requires_grad_(False)
+    held = model.block[1].weight.detach().clone()
+    (stale,) = [f for f in diagnose(model, optimizer=optimizer).findings if f.rule == "BN402"]
+    assert stale.fix_ is not None
+    grad = model.block[1].weight.grad
+    undo = stale.fix_(model)
+    optimizer.step()
+    assert torch.equal(model.block[1].weight, held)
+    undo.restore_()
+    assert model.block[1].weight.grad is grad
+
+
+def test_groups_that_a_scheduler_counts_are_left_alone() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    (finding,) = [f for f in diagnose(model, optimizer=optimizer).findings if f.rule == "BN401"]
+    assert finding.fix_ is None
+
+
 def test_what_is_no_optimiser_is_refused() -> None:
     with pytest.raises(UsageError, match="torch optimiser"), watch(net(), object()):  # type: ignore[arg-type]
         pass

@@ -1,8 +1,9 @@
-"""Optimiser groups that fit what may move: no decay on norm layers, rates by depth, the head apart."""
+"""Optimiser groups that fit what may move: no decay on norm layers, rates by depth, the head apart; made, and mended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -93,3 +94,76 @@ def check_groups(model: nn.Module, groups: Optimizer | Iterable[dict[str, Any]])
             f"the optimiser does not fit the model: of its parameters {'; '.join(said)}. "
             "Make it anew, from parameter_groups(model, …)."
         )
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """Groups that were changed in place. `restore_()` gives them the parameters and the decay they had; rates stay as they are."""
+
+    held: tuple[tuple[Optimizer, tuple[tuple[dict[str, Any], dict[str, Any]], ...]], ...]
+
+    @classmethod
+    def before(cls, optimizers: Iterable[Optimizer]) -> Regrouped:
+        """What the groups of `optimizers` hold now."""
+        kept = ("params", "param_names", "weight_decay")
+
+        def copied(group: dict[str, Any]) -> dict[str, Any]:
+            return {k: list(group[k]) if k != "weight_decay" else group[k] for k in kept if k in group}
+
+        return cls(tuple((o, tuple((group, copied(group)) for group in o.param_groups)) for o in optimizers))
+
+    def restore_(self) -> None:
+        """Let every group hold what it held; what was learnt of a parameter that is in none any more is forgotten."""
+        for optimizer, groups in self.held:
+            optimizer.param_groups[:] = [group for group, _ in groups]
+            for group, had in groups:
+                group.update({key: list(value) if isinstance(value, list) else value for key, value in had.items()})
+            inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for known in [p for p in optimizer.state if isinstance(p, Tensor) and id(p) not in inside]:
+                del optimizer.state[known]
+
+
+def scheduled(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether a scheduler counts these groups already, and would not know of one that is added."""
+    return any("initial_lr" in group for group in groups)
+
+
+def spare_(optimizers: Sequence[Optimizer], parameters: Iterable[Tensor]) -> Regrouped:
+    """Take `parameters` out of every group with weight decay, into one beside it that has none and is the same otherwise.
+
+    What the optimiser has learnt of them (momentum) stays. Schedulers made before would not know the new groups.
+    """
+    chosen = {id(p) for p in parameters}
+    undo = Regrouped.before(optimizers)
+    for optimizer in optimizers:
+        for group in [g for g in optimizer.param_groups if g.get("weight_decay")]:
+            out = [index for index, p in enumerate(group["params"]) if id(p) in chosen]
+            stay = [index for index, p in enumerate(group["params"]) if id(p) not in chosen]
+            if not stay:
+                group["weight_decay"] = 0.0
+            elif out:
+                twin = group | {"weight_decay": 0.0} | _picked(group, out)
+                if "name" in group:
+                    twin["name"] = f"{group['name']}, no decay"
+                group.update(_picked(group, stay))
+                optimizer.param_groups.append(twin)
+    return undo
+
+
+def enrol_(optimizers: Sequence[Optimizer], parameters: Iterable[Tensor]) -> Regrouped:
+    """Add those of `parameters` that are in no group to the first of `optimizers`, like its largest, without weight decay."""
+    undo = Regrouped.before(optimizers)
+    inside = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [p for p in parameters if id(p) not in inside]
+    first = optimizers[0]
+    largest = max(first.param_groups, key=lambda group: sum(p.numel() for p in group["params"]))
+    options = {key: value for key, value in largest.items() if key not in ("params", "param_names", "name")}
+    if "weight_decay" in options:
+        options["weight_decay"] = 0.0
+    named = {"param_names": [f"norm.{i}" for i in range(len(missing))]} if "param_names" in largest else {}
+    first.param_groups.append({"params": missing, **options, **named})
+    return undo
+
+
+def _picked(group: dict[str, Any], places: Sequence[int]) -> dict[str, list[Any]]:
+    return {key: [group[key][i] for i in places] for key in ("params", "param_names") if key in group}

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from renorm.calls import Caller
 from renorm.errors import UsageError
 from renorm.freeze import freeze_
+from renorm.groups import Regrouped, scheduled
 from renorm.moments import Moments
 from renorm.recalibrate import recalibrate_
-from renorm.sites import Site, device_of, find_sites
+from renorm.sites import Site, device_of, find_sites, unwrap
 from renorm.state import Undo
 from renorm.surgery import convert_
 
@@ -32,7 +34,9 @@ __all__ = [
     "count_",
     "freezing",
     "holding",
+    "putting_aside",
     "reestimating",
+    "regrouping",
     "setting",
     "slowing",
     "widen_",
@@ -56,13 +60,7 @@ def at_sites(names: Sequence[str], change_: Callable[[Site], None], *, label: st
     """
 
     def fix_(model: nn.Module) -> Undo:
-        sites = {site.name: site for site in find_sites(model)}
-        missing = [name for name in names if name not in sites]
-        if missing:
-            raise UsageError(
-                f"{label} was to be done at {missing[0] or 'the model itself'!r}, and {type(model).__name__} has no such "
-                "norm layer; give the model that was diagnosed, or a copy of it."
-            )
+        sites = _found(model, names, label)
         undo = Undo(label, {name: sites[name].module for name in names}, parameters=True)
         try:
             for name in names:
@@ -73,6 +71,17 @@ def at_sites(names: Sequence[str], change_: Callable[[Site], None], *, label: st
         return undo
 
     return fix_
+
+
+def _found(model: nn.Module, names: Iterable[str], label: str) -> dict[str, Site]:
+    sites = {site.name: site for site in find_sites(model)}
+    missing = [name for name in names if name not in sites]
+    if missing:
+        raise UsageError(
+            f"{label} was to be done at {missing[0] or 'the model itself'!r}, and {type(model).__name__} has no such "
+            "norm layer; give the model that was diagnosed, or a copy of it."
+        )
+    return sites
 
 
 def setting(names: Sequence[str], *, label: str, **values: Any) -> Fix:
@@ -146,13 +155,7 @@ def calling_children(names: Sequence[str]) -> Callable[[nn.Module], Called]:
     """A fix that lets every layer at `names` pass its output through its children, in their order; no key changes."""
 
     def fix_(model: nn.Module) -> Called:
-        sites = {site.name: site for site in find_sites(model)}
-        missing = [name for name in names if name not in sites]
-        if missing:
-            raise UsageError(
-                f"calling the children of {missing[0] or 'the model itself'!r} was asked for, and {type(model).__name__} has "
-                "no such norm layer; give the model that was diagnosed, or a copy of it."
-            )
+        sites = _found(model, names, "calling children")
         return Called(tuple(sites[name].module.register_forward_hook(_call_children) for name in names))
 
     return fix_
@@ -162,6 +165,58 @@ def _call_children(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     for child in module.children():
         output = child(output)
     return output
+
+
+Regrouping = Callable[[Sequence[Optimizer], Sequence[Tensor]], Regrouped]
+
+
+def regrouping(names: Sequence[str], optimizers: Sequence[Optimizer], change_: Regrouping) -> Fix | None:
+    """A fix that does `change_` to the groups of `optimizers` for what trains at these sites; None once a scheduler counts them.
+
+    The fix raises UsageError for a model that the optimisers do not train, such as a copy.
+    """
+    if scheduled(group for optimizer in optimizers for group in optimizer.param_groups):
+        return None
+
+    def fix_(model: nn.Module) -> Regrouped:
+        sites = _found(model, names, "changing the optimiser's groups")
+        inside = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        if inside.isdisjoint(map(id, unwrap(model).parameters())):
+            raise UsageError(
+                "the groups of an optimiser were to be changed, and it holds no parameter of this model: a copy of a model "
+                "has an optimiser of its own. Give the model that was diagnosed."
+            )
+        affine = {id(p): p for name in names for p in sites[name].affine.values() if p.requires_grad}
+        return change_(optimizers, list(affine.values()))
+
+    return fix_
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Gradients that were put aside; `restore_()` puts them back where none has come since."""
+
+    grads: tuple[tuple[Tensor, Tensor], ...]
+
+    def restore_(self) -> None:
+        """Put the gradients back; a second call does nothing."""
+        for parameter, grad in self.grads:
+            if parameter.grad is None:
+                parameter.grad = grad
+
+
+def putting_aside(names: Sequence[str]) -> Callable[[nn.Module], Aside]:
+    """A fix that takes the gradients of frozen parameters at these sites away, so that no optimiser moves them."""
+
+    def fix_(model: nn.Module) -> Aside:
+        sites = _found(model, names, "putting gradients aside")
+        frozen = [p for name in names for p in sites[name].affine.values() if not p.requires_grad]
+        grads = tuple((p, p.grad) for p in frozen if p.grad is not None)
+        for parameter, _ in grads:
+            parameter.grad = None
+        return Aside(grads)
+
+    return fix_
 
 
 def count_(site: Site) -> None:

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from renorm.groups import spare_
+from renorm.mend import regrouping
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import say
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decayed(Rule):
-    """Weight decay pulls the weights of norm layers towards 0, and what that costs or gives is contested: a notice."""
+    """Weight decay pulls the weights of norm layers towards 0, and what that costs or gives is contested: a notice.
+
+    The fix moves them to groups of their own without decay, in the optimiser that was given; once a scheduler counts the
+    groups there is none, for it would not know the new ones.
+    """
 
     id: ClassVar[str] = "BN401"
     title: ClassVar[str] = say("weight decay on norm layers")
@@ -41,4 +47,5 @@ class Decayed(Rule):
                 advice=say(
                     "Make the groups with renorm.parameter_groups(model, lr, weight_decay=…), which leaves them out."
                 ),
+                fix_=regrouping(list(dict.fromkeys(affine[key] for key in found)), facts.optimizers, spare_),
             )

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from renorm.groups import enrol_
+from renorm.mend import Fix, putting_aside, regrouping
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import say
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ungrouped(Rule):
-    """A norm layer's parameter that asks for a gradient in no group never trains; a frozen one with an old gradient moves."""
+    """A norm layer's parameter that asks for a gradient in no group never trains; a frozen one with an old gradient moves.
+
+    The fix adds the first to the optimiser that was given (not once a scheduler counts its groups), and puts the gradients of
+    the second aside.
+    """
 
     id: ClassVar[str] = "BN402"
     title: ClassVar[str] = say("norm parameters outside the groups")
@@ -33,6 +39,7 @@ class Ungrouped(Rule):
                 advice=say(
                     "Make the optimiser anew, with renorm.parameter_groups(model, lr), after the last change of the model."
                 ),
+                fix_=regrouping(list(dict.fromkeys(missing)), facts.optimizers, enrol_),
             )
         if stale:
             yield self._found(
@@ -43,9 +50,10 @@ class Ungrouped(Rule):
                     "decay still move them."
                 ),
                 advice=say("Freeze with renorm.freeze_(model), which puts the gradient aside, or set it to None."),
+                fix_=putting_aside(list(dict.fromkeys(stale))),
             )
 
-    def _found(self, names: list[str], *, unit: str, message: str, advice: str) -> Finding:
+    def _found(self, names: list[str], *, unit: str, message: str, advice: str, fix_: Fix | None) -> Finding:
         return Finding(
             rule=self.id,
             site=names[0],
@@ -55,4 +63,5 @@ class Ungrouped(Rule):
             limit=0.0,
             message=message,
             advice=advice,
+            fix_=fix_,
         )
