@@ -73,6 +73,7 @@ ROOMS = (
         "second_look",
         "suspects",
         "stored",
+        "costs",
         "facts",
         "rules",
         "known",

@@ -6,6 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from renorm.costs import price
 from renorm.rules.base import Rule, catalogue
 
 PAGE = Path(__file__).parents[1] / "docs" / "rules.md"
@@ -19,11 +20,17 @@ def made() -> str:
     told = []
     for id, rule in catalogue().items():
         limits = ", ".join(f"{name} {value:g}" for name, value in _limits(rule)) or "any"
-        rows.append(f"| [{id}](#{id.lower()}) | {rule.title} | {rule.passes()} | {limits} | {_mends(rule)} |")
+        rows.append(f"| [{id}](#{id.lower()}) | {rule.title} | {_passes(rule)} | {limits} | {_mends(rule)} |")
         told.append(
             f"### {id}\n\n**{str(rule.title)[:1].upper()}{str(rule.title)[1:]}.** {_claim(rule)}\n{_reasons(rule)}"
         )
     return "\n".join(rows) + "\n\n" + "\n".join(told)
+
+
+def _passes(rule: type[Rule]) -> str:
+    """What the rule may cost, and with what it only wants."""
+    most = price((*rule.needs, *rule.wants))
+    return f"{rule.passes()}" if most == rule.passes() else f"{rule.passes()} to {most}"
 
 
 def _limits(rule: type[Rule]) -> list[tuple[str, float]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.optim import Optimizer
 from renorm.accuracy import Accuracy
 from renorm.calls import Caller, Forward, Output
 from renorm.checkpoints import read
+from renorm.costs import price
 from renorm.errors import UsageError
 from renorm.faces import Faces
 from renorm.facts import Facts
@@ -21,8 +24,8 @@ from renorm.kind import Kind
 from renorm.loop import optimizers_in
 from renorm.mend import Undoable
 from renorm.provenance import plain_names
-from renorm.rules.base import Finding, catalogue, worst_first
-from renorm.said import say
+from renorm.rules.base import Finding, Rule, catalogue, worst_first
+from renorm.said import listed, say
 from renorm.shift import Shift
 from renorm.sites import Site
 from renorm.stored import read_contents, skeleton
@@ -47,6 +50,7 @@ class Diagnosis(Faces):
     kind       what kind of shift it is and how sure that is; None without data, or where nothing can be told
     estimate   the share of right answers, estimated without labels, with an interval; None likewise
     notes      what else should be known, as how a file was read
+    skipped    the rules that were not asked, for they take more `passes` than were allowed
     """
 
     findings: tuple[Finding, ...]
@@ -58,6 +62,7 @@ class Diagnosis(Faces):
     kind: Kind | None = None
     estimate: Accuracy | None = None
     notes: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Finding | None:
@@ -84,6 +89,7 @@ def diagnose(
     *,
     checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    passes: float | None = None,
     forward: Forward | None = None,
     output: Output | None = None,
     device: torch.device | str | None = None,
@@ -95,14 +101,19 @@ def diagnose(
     `checkpoint` is the file that the model was loaded from, or its tensors by name, for the rules that compare the two;
     `optimizer` the one that is to train it, or several, for the rules about its groups (`watch` sees the loop itself).
     Without `batches` only the rules that need none run. A model without batch norm is healthy. The cheapest rules run
-    first; one pass over the batches serves them all.
+    first. One pass over the batches serves most; second looks run the first of them again, and a shift that may come of
+    wrong preprocessing is looked into with up to 32 runs more. `passes` is the most that may be spent, in passes over the
+    batches; the rules that would take more are told in `skipped`.
     A batch that the model cannot run is left out and told in `notes`; where it can run none, the first failure is raised.
     Raises BatchError for batches that cannot be used, CheckpointError for a file that cannot be read, UsageError for a
-    scripted module.
+    scripted module, or `passes` below 0.
     """
     _refuse_scripted(model)
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
-    facts = Facts(model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer))
+    if passes is not None and not passes >= 0:
+        raise UsageError(f"passes is the most passes over the batches that may be spent, 0 or more; got {passes!r}.")
+    most = inf if passes is None else passes
+    facts = Facts(model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer), passes=most)
     return _judged(facts)
 
 
@@ -121,10 +132,18 @@ def diagnose_file(path: str | os.PathLike[str]) -> Diagnosis:
 
 def _judged(facts: Facts) -> Diagnosis:
     findings: list[Finding] = []
-    for rule in sorted(catalogue().values(), key=lambda rule: rule.passes()):
-        if all(map(facts.has, rule.needs)):
-            findings += rule().check(facts)
-    seen = facts.batches is not None
+    skipped: list[str] = []
+    # the cheapest first, whatever a rule would like to know besides; the estimates stand among them by what they cost
+    rules = sorted(catalogue().values(), key=lambda rule: price((*rule.needs, *rule.wants)))
+    dear = [rule for rule in rules if price((*rule.needs, *rule.wants)) > price(["look"])]
+    for rule in [rule for rule in rules if rule not in dear]:
+        _ask(rule, facts, findings, skipped)
+    looks = facts.can("look")
+    told = {"kind": facts.kind, "estimate": facts.accuracy} if looks else {}
+    for rule in dear:
+        _ask(rule, facts, findings, skipped)
+    left = [*skipped, *([] if looks or facts.batches is None else [ESTIMATE])]
+    seen = facts.can("observed")
     return Diagnosis(
         findings=worst_first(findings),
         shifts=facts.shifts if seen else {},
@@ -132,10 +151,28 @@ def _judged(facts: Facts) -> Diagnosis:
         unvisited=facts.observed.unvisited if seen else (),
         sites=facts.sites,
         samples=facts.observed.samples if seen else 0,
-        notes=tuple(_left_out(index, error) for index, error in facts.failed.items()),
-        kind=facts.kind if seen else None,
-        estimate=facts.accuracy if seen else None,
+        notes=(*_over(left, facts.passes), *starmap(_left_out, facts.failed.items() if seen else ())),
+        skipped=tuple(skipped),
+        **told,
     )
+
+
+ESTIMATE = say("the estimate of accuracy")
+
+
+def _ask(rule: type[Rule], facts: Facts, findings: list[Finding], skipped: list[str]) -> None:
+    if not all(map(facts.has, rule.needs)):
+        return
+    if facts.affords(*rule.needs):
+        findings += rule().check(facts)
+    else:
+        skipped.append(rule.id)
+
+
+def _over(left: list[str], passes: float) -> tuple[str, ...]:
+    if not left:
+        return ()
+    return (say("not asked, for that takes more than {passes:g} passes over the data: {what}", passes=passes, what=listed(left)),)
 
 
 def _left_out(index: int, error: Exception) -> str:

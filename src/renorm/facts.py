@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, islice
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from renorm.accuracy import FEWEST, Accuracy, Home, Look, estimate, look, mean_moved, signals
 from renorm.calls import Caller, read
+from renorm.costs import PASSES, price
 from renorm.errors import BatchError, UsageError
 from renorm.freeze import holds_statistics
 from renorm.kind import Kind, kind, moved_at, traces
@@ -35,22 +36,13 @@ from renorm.shift import Shift
 from renorm.sites import Site, find_sites, is_lazy, unwrap, walk
 from renorm.state import preserving
 from renorm.stored import Stored
-from renorm.suspects import Verdict, interrogate
+from renorm.suspects import Verdict, interrogate, worth_asking
 
 if TYPE_CHECKING:
     from renorm.profile import Profile
 
-__all__ = ["PASSES", "Facts", "was_trained"]
+__all__ = ["Facts", "was_trained"]
 
-# What a fact costs in passes over the batches; the doctor runs the rules that need the cheapest facts first. A second look
-# (gap, company, padding, suspect) runs again over the first batches alone, KEPT samples, and counts as whole passes only
-# where there are no more than those.
-PASSES: Mapping[str, int] = {
-    **{"batch": 0, "held": 0, "new": 0, "broken": 0, "thawing": 0, "file": 0, "graph": 0, "settings": 0},
-    **{"optimizers": 0, "loop": 0},
-    **{"observed": 1, "parts": 1, "few": 1, "shifts": 1, "distances": 1},
-    **{"calls": 2, "company": 2, "padding": 2, "gap": 3, "look": 3, "suspect": 16},
-}
 LOOKED = 256  # samples of the first batches by which accuracy and kind are estimated: 3 points
 KEPT = 128  # samples of the first batches that are kept for a second look: the standard error of a share is 4 points
 PARTS = 20  # batches whose moments are kept apart: users bring 5 to 20
@@ -72,6 +64,7 @@ class Facts:
     loop: Loop | None = None  # what a training loop did, where one was watched
     graph: tuple[Stored, ...] | None = None  # the batch norms of an exported file, which `model` is then made of
     settings: bool = True  # whether eps and momentum are the model's: a file of weights does not say
+    passes: float = inf  # the most passes over the batches that may be spent
     _kept: dict[int, Any] = field(default_factory=dict, repr=False, init=False)
     _failed: dict[int, Exception] = field(default_factory=dict, repr=False, init=False)
     _parts: list[Mapping[str, Observed]] = field(default_factory=list, repr=False, init=False)
@@ -305,7 +298,29 @@ class Facts:
             return bool(self.optimizers)
         if fact == "calls" and self.loop is not None:
             return True
-        return PASSES[fact] == 0 or self.batches is not None
+        return price([fact]) == 0 or self.batches is not None
+
+    @property
+    def spent(self) -> int:
+        """What the facts that were measured may have taken; the detective takes nothing where there is no shift to explain."""
+        known = self._measured
+        return sum(PASSES[fact] for fact in known if fact != "suspect" or worth_asking(self.distances))
+
+    @property
+    def _measured(self) -> set[str]:
+        return PASSES.keys() & vars(self).keys()
+
+    def affords(self, *facts: str) -> bool:
+        """Whether `facts` are measured already, or what that takes is left of `passes`."""
+        known = self._measured
+        if "distances" in known and not worth_asking(self.distances):
+            known.add("suspect")
+        due = price(facts, known)
+        return due == 0 or self.spent + due <= self.passes
+
+    def can(self, *facts: str) -> bool:
+        """Whether `facts` can be measured with what was given, and afforded."""
+        return all(map(self.has, facts)) and self.affords(*facts)
 
     @cached_property
     def reestimate(self) -> Fix | None:

@@ -15,7 +15,7 @@ from renorm.errors import RenormError
 from renorm.evaluate import collect
 from renorm.sites import unwrap
 
-__all__ = ["Suspect", "Verdict", "interrogate", "suspects_of"]
+__all__ = ["Suspect", "Verdict", "interrogate", "suspects_of", "worth_asking"]
 
 Distances = Mapping[str, float]
 
@@ -139,6 +139,11 @@ def _resizing(height: int, width: int) -> Callable[[Tensor], Tensor]:
     return resize
 
 
+def worth_asking(distances: Distances) -> bool:
+    """Whether the data lie far enough from the statistics that a mistake may have been made."""
+    return bool(distances) and _mean(distances) >= START
+
+
 def interrogate(
     model: nn.Module,
     batches: Sequence[Any],
@@ -151,7 +156,7 @@ def interrogate(
     `before` are the distances of the batches as they came, in the order of the sites; `distances` measures others.
     A mistake that these inputs cannot have made is passed over. Batches without images (N, C, H, W) are not asked about.
     """
-    if not before or _mean(before) < START:
+    if not worth_asking(before):
         return None
     if read(batches[0]).samples >= ENOUGH and len(batches) > 1:
         batches = batches[:1]

@@ -39,6 +39,7 @@ class Doctor(OnModel):
     model: str = argument(f"{MODEL}; or a .onnx, .pt2 or weights file", required=False)
     data: str = argument(f"{DATA}; no labels needed", required=False)
     source: str = option("", "a profile of the source, made by renorm profile", metavar="FILE")
+    passes: float | None = option(None, "the most passes over DATA to spend; what takes more is not asked, and said")
     top: int = option(10, "how many batch norms to list")
     fix: bool = option(False, "mend what can be mended, and write the weights to OUT")
     output: str = option("", "the mended weights: .safetensors, .pt or .pth", short="-o", metavar="OUT")
@@ -159,6 +160,7 @@ class Doctor(OnModel):
             screen.watched(dataset.batches, "looking") if dataset else None,
             Profile.load(self.source) if self.source else None,
             checkpoint=self.checkpoint or None,
+            passes=self.passes,
             **self.calling(),
         )
 

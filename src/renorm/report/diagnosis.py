@@ -115,6 +115,7 @@ def result(diagnosis: Diagnosis) -> dict[str, Any]:
         },
         "unvisited": list(diagnosis.unvisited),
         "samples": diagnosis.samples,
+        "skipped": list(diagnosis.skipped),
         **estimates.result(diagnosis.kind, diagnosis.estimate),
         "sites": [{"name": site.name, "kind": site.kind, "channels": site.channels} for site in diagnosis.sites],
     }

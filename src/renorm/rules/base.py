@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Literal
 
-from renorm.facts import PASSES, Facts
+from renorm.costs import PASSES, price
+from renorm.facts import Facts
 from renorm.family import members
 from renorm.mend import Fix
 
@@ -60,6 +61,7 @@ class Rule(ABC):
     id: ClassVar[str]
     title: ClassVar[str]  # a few plain words, for a list
     needs: ClassVar[tuple[str, ...]]
+    wants: ClassVar[tuple[str, ...]] = ()  # facts that it asks for where they can be had
 
     @abstractmethod
     def check(self, facts: Facts) -> Iterator[Finding]:
@@ -67,8 +69,8 @@ class Rule(ABC):
 
     @classmethod
     def passes(cls) -> int:
-        """What the rule costs in passes over the batches when it is the only one."""
-        return max((PASSES[fact] for fact in cls.needs), default=0)
+        """What the rule may cost in passes over the batches when it is the only one, without what it only wants."""
+        return price(cls.needs)
 
 
 @cache

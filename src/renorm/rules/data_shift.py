@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import follow, say
+from renorm.suspects import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class DataShift(Rule):
 
     id: ClassVar[str] = "BN302"
     title: ClassVar[str] = say("data shift")
-    needs: ClassVar[tuple[str, ...]] = ("distances", "suspect")
+    needs: ClassVar[tuple[str, ...]] = ("distances",)
+    wants: ClassVar[tuple[str, ...]] = ("suspect",)
 
     # Source standard deviations, mean over channels. On data of their own kind (16 to 2,000 images) the worst sites of
     # ResNet-20, ResNet-8 (CIFAR-10) and MobileNet (visual wake words) lie at 0.08 to 0.25; under noise, blur, contrast
@@ -32,6 +34,7 @@ class DataShift(Rule):
 
     def check(self, facts: Facts) -> Iterator[Finding]:
         worst = max(facts.distances, key=lambda name: facts.distances[name], default=None)
+        suspect = facts.suspect if facts.can("suspect") else None
         for name, value in facts.distances.items():
             # a gap is a mean of squares, of log ratios among them: the mean distance of the same data, and a margin
             # for the noise in both
@@ -49,13 +52,13 @@ class DataShift(Rule):
                         "What these data send into the layer is not what it was trained on, yet it still subtracts the "
                         "mean and divides by the spread of the old data."
                     ),
-                    advice=self._advice(facts, worst),
-                    fix_=None if facts.suspect else facts.recalibrate,
+                    advice=self._advice(facts, suspect, worst),
+                    fix_=None if suspect else facts.recalibrate,
                 )
 
     @staticmethod
-    def _advice(facts: Facts, worst: str | None) -> str:
-        if facts.suspect:
+    def _advice(facts: Facts, suspect: Verdict | None, worst: str | None) -> str:
+        if suspect:
             return say("Correct the preprocessing first (see BN303), and ask the doctor again.")
         mend = say(
             "Recalibrate, and keep the result only if it holds up: renorm recalibrate MODEL DATA --check DATA -o OUT "

@@ -20,6 +20,7 @@ class ModeGap(Rule):
     id: ClassVar[str] = "BN301"
     title: ClassVar[str] = say("training and evaluation disagree")
     needs: ClassVar[tuple[str, ...]] = ("gap", "broken", "new")
+    wants: ClassVar[tuple[str, ...]] = ("suspect",)
 
     # Shares of samples, in batches of 16 or more. On data of their own kind ResNet-20, ResNet-8 and MobileNet answer 0.05 to
     # 0.09 differently in batches of 64, to 0.13 in batches of 16, and are right more often by 0.04 at the most.
@@ -52,5 +53,5 @@ class ModeGap(Rule):
             advice=say(
                 "Recalibrate: renorm recalibrate MODEL DATA --check DATA -o OUT. Do not ship a model in training mode."
             ),
-            fix_=None if facts.suspect else facts.recalibrate,
+            fix_=None if facts.can("suspect") and facts.suspect else facts.recalibrate,
         )
