@@ -31,7 +31,12 @@ class Counted(nn.Sequential):
 def network() -> Counted:
     torch.manual_seed(0)
     model = Counted(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
     )
     norm = model[1]
     assert isinstance(norm, nn.BatchNorm2d)

@@ -15,7 +15,9 @@ PASSES: Mapping[str, int] = {
     **{"calls": 1, "company": 2, "padding": 1, "gap": 2, "look": 7, "suspect": 32},
 }
 ON: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("parts", "few", "shifts", "distances", "calls", "company", "padding", "gap", "look"), ("observed",)),
+    **dict.fromkeys(
+        ("parts", "few", "shifts", "distances", "calls", "company", "padding", "gap", "look"), ("observed",)
+    ),
     "suspect": ("observed", "distances"),
 }
 

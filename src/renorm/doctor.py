@@ -139,7 +139,7 @@ def _judged(facts: Facts) -> Diagnosis:
     for rule in [rule for rule in rules if rule not in dear]:
         _ask(rule, facts, findings, skipped)
     looks = facts.can("look")
-    told = {"kind": facts.kind, "estimate": facts.accuracy} if looks else {}
+    found, estimated = (facts.kind, facts.accuracy) if looks else (None, None)
     for rule in dear:
         _ask(rule, facts, findings, skipped)
     left = [*skipped, *([] if looks or facts.batches is None else [ESTIMATE])]
@@ -153,7 +153,8 @@ def _judged(facts: Facts) -> Diagnosis:
         samples=facts.observed.samples if seen else 0,
         notes=(*_over(left, facts.passes), *starmap(_left_out, facts.failed.items() if seen else ())),
         skipped=tuple(skipped),
-        **told,
+        kind=found,
+        estimate=estimated,
     )
 
 
@@ -172,7 +173,13 @@ def _ask(rule: type[Rule], facts: Facts, findings: list[Finding], skipped: list[
 def _over(left: list[str], passes: float) -> tuple[str, ...]:
     if not left:
         return ()
-    return (say("not asked, for that takes more than {passes:g} passes over the data: {what}", passes=passes, what=listed(left)),)
+    return (
+        say(
+            "not asked, for that takes more than {passes:g} passes over the data: {what}",
+            passes=passes,
+            what=listed(left),
+        ),
+    )
 
 
 def _left_out(index: int, error: Exception) -> str:

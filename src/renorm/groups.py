@@ -98,7 +98,7 @@ def check_groups(model: nn.Module, groups: Optimizer | Iterable[dict[str, Any]])
 
 @dataclass(frozen=True)
 class Regrouped:
-    """Groups that were changed in place. `restore_()` gives them the parameters and the decay they had; rates stay as they are."""
+    """Groups that were changed. `restore_()` gives them the parameters and the decay they had; rates stay as they are."""
 
     held: tuple[tuple[Optimizer, tuple[tuple[dict[str, Any], dict[str, Any]], ...]], ...]
 

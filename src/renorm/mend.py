@@ -171,7 +171,7 @@ Regrouping = Callable[[Sequence[Optimizer], Sequence[Tensor]], Regrouped]
 
 
 def regrouping(names: Sequence[str], optimizers: Sequence[Optimizer], change_: Regrouping) -> Fix | None:
-    """A fix that does `change_` to the groups of `optimizers` for what trains at these sites; None once a scheduler counts them.
+    """A fix that does `change_` to the groups of `optimizers` for what trains at these sites; None under a scheduler.
 
     The fix raises UsageError for a model that the optimisers do not train, such as a copy.
     """

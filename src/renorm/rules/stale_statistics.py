@@ -34,7 +34,9 @@ class StaleStatistics(Rule):
     def check(self, facts: Facts) -> Iterator[Finding]:
         unmoved = _unmoved(facts)
         stale = [s.name for s in facts.batch if s.name in facts.held and s.tracks and s.name in unmoved]
-        far = {name: facts.distances[name] for name in stale if name in facts.distances} if facts.can("distances") else {}
+        far = (
+            {name: facts.distances[name] for name in stale if name in facts.distances} if facts.can("distances") else {}
+        )
         if not stale or (far and max(far.values()) <= self.limit):
             return
         worst = max(far, key=lambda name: far[name], default=stale[0])
