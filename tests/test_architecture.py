@@ -46,6 +46,7 @@ ROOMS = (
         "choices",
         "recipe",
         "runs",
+        "average",
         "joint",
         "events",
         "session",

@@ -501,6 +501,20 @@ def test_a_cell_of_transfer_learns_a_new_task(way: str, monkeypatch: pytest.Monk
     assert ("norm_numbers" in values) == (way == "affine-and-head")
 
 
+def test_averaged_weights_are_measured_under_both_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    from renorm.bench import transfer
+
+    monkeypatch.setattr(transfer, "STEPS", 10)
+    suite = catalogue()["transfer"](data=shared("nets.py").parent, size="full")
+    cell = Cell.of(task="gas batch 6", share=0.15, seed=0, way="average, swa")
+    assert cell in list(suite.cells())
+    values = suite.run_cell(cell)
+    assert 0 <= values["error"] < 60
+    assert values["error_copied"] != values["error"]
+    table = suite.table([Row(cell, {"error": 4.0, "error_copied": 7.5})])
+    assert "| gas batch 6 | swa | 4.0 | 7.5 | -3.5" in table
+
+
 def test_the_cost_of_the_loop_is_measured_beside_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from renorm.bench import transfer
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from renorm.average import Unaveraged, average_for
 from renorm.calls import Caller, Forward, Output, several_passes
 from renorm.errors import Diverged
 from renorm.evaluate import Metric, Score, evaluate
@@ -69,6 +70,8 @@ def finetune_(
     depth_decay: float = 1.0,
     gradual: bool = False,
     clip: float | None = 1.0,
+    average: Literal["ema", "swa"] | None = None,
+    ema_decay: float = 0.999,
     target: Iterable[Any] | None = None,
     joint: Literal["transferable", "per_domain"] = "transferable",
     target_weight: float = 0.1,
@@ -93,6 +96,8 @@ def finetune_(
     depth_decay   the rate falls by this factor from one stage of features to the one before it
     gradual       train the head first, then one stage after another from the last on, all from half the epochs on
     clip          the largest norm of a gradient; None: as it is
+    average       the weights at the end and at each validation are an average of those after each step, and statistics are
+                  estimated anew for it: "ema" forgets by `ema_decay`, "swa" is the mean over the last quarter of the steps
     target        unlabelled batches of the domain that the model is for: each step trains on the labels of `train` and lowers
                   the entropy of the answers on `target`, by `target_weight`; the domains are told apart by the layer `joint`
                   at each batch norm. Without val, a target that has labels is scored on them, never trained
@@ -124,6 +129,8 @@ def finetune_(
         depth_decay=depth_decay,
         gradual=gradual,
         clip=clip,
+        average=average,
+        ema_decay=ema_decay,
         target=target,
         joint=joint,
         target_weight=target_weight,
@@ -164,7 +171,8 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
         optimiser = accelerator.prepare_optimizer(optimiser_for(model, plan, recipe, source))
         terms = penalties(model, plan, recipe, feed, source, opened)
         peaks = [group["lr"] for group in optimiser.param_groups]
-        place = Place.resumed(saved, model, optimiser, feed)
+        average = average_for(recipe, optimiser, batches=plan.steps, once=feed.once)
+        place = Place.resumed(saved, model, optimiser, average, feed)
         if place == Place() and plan.policy.value.statistics == "target":
             plan = _fitted(model, feed, recipe, plan, still)
         yield plan.started(place)
@@ -175,28 +183,30 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
             model.train()
             began, position = monotonic(), feed.position()
             for batch in feed.epoch(epoch, skip=place.batch):
-                rate = _set_rates(optimiser, peaks, place.taken, plan.steps)
+                rate = _set_rates(optimiser, peaks, place.taken, plan.steps, held=average.held_from())
                 value = _learnt(model, batch, place, beside, terms, (accelerator, optimiser), recipe)
                 stepped = bool(accelerator.sync_gradients)
                 place = place.after(value, stepped=stepped)
                 if stepped:
+                    average.take(place.taken)
                     accelerator.log({"loss": value, "lr": rate}, step=place.step)
                     yield Stepped(step=place.step, epoch=epoch, loss=value, lr=rate)
                     if _due(recipe, place, monotonic() - last):
-                        run.save(place.saved(model, optimiser, position))
+                        run.save(place.saved(model, optimiser, average, position))
                         last = monotonic()
             beside.rest()
-            score = _validated(model, val, None if beside.feed else feed, recipe, still, place)
+            score = _validated(model, val, None if beside.feed else feed, recipe, still, place, average)
             seconds = monotonic() - began
             place = place.next_epoch(Epoch(epoch=epoch, loss=place.mean, score=score, lr=rate, seconds=seconds))
-            run.save(place.saved(model, optimiser, feed.position()))
+            run.save(place.saved(model, optimiser, average, feed.position()))
             yield place.history[-1]
 
+        average.settle_()
         opened.close()
         _re_estimate(model, beside.feed or feed, recipe, moved, exactly=True)
         model.eval()
         score = None if val is None else _scored(model, val, recipe)
-        finished = Finished(result=plan.result(place, score, source))
+        finished = Finished(result=plan.result(place, score, source, average))
     yield finished
 
 
@@ -240,8 +250,9 @@ def _learnt(
     return value
 
 
-def _set_rates(optimiser: Any, peaks: Sequence[float], taken: int, steps: int) -> float:
-    """Give every group its rate after so many batches, and return the largest of the features'."""
+def _set_rates(optimiser: Any, peaks: Sequence[float], taken: int, steps: int, *, held: int | None) -> float:
+    """Give every group its rate after so many batches, as after `held` from there on; return the largest of the features'."""
+    taken = taken if held is None else min(taken, held)
     warm = max(1, round(WARM * steps)) if steps else ONCE
     share = min(1.0, (taken + 1) / warm)
     if steps and taken >= warm:
@@ -291,21 +302,31 @@ def _fitted(model: nn.Module, feed: Feed, recipe: Recipe, plan: Plan, still: Sti
 
 
 def _validated(
-    model: nn.Module, val: Iterable[Any] | None, feed: Feed | None, recipe: Recipe, still: Still, place: Place
+    model: nn.Module,
+    val: Iterable[Any] | None,
+    feed: Feed | None,
+    recipe: Recipe,
+    still: Still,
+    place: Place,
+    average: Unaveraged,
 ) -> Score | None:
-    """The score on val, under statistics re-estimated on `feed` where too few batches have moved those that stand."""
+    """The score on val: of the averaged weights where there are any, under statistics re-estimated on `feed`.
+
+    Without an average statistics are re-estimated only where too few batches have moved those that stand.
+    """
     if val is None:
         return None
     moving = still.moving() if feed is not None else []
     slow = [s for s in moving_sites(model, moving) if s.momentum and (1 - s.momentum) ** place.taken > STALE]
-    if feed is None or not slow or feed.once:
-        return _scored(model, val, recipe)
-    own = vars(recipe.caller)
-    adaptation = recalibrate_(model, feed.epoch(recipe.epochs), prior=0, include=moving, **own)
-    try:
-        return _scored(model, val, recipe)
-    finally:
-        adaptation.restore_()
+    with average.standing() as averaged:
+        if feed is None or feed.once or not (slow or (averaged and moving)):
+            return _scored(model, val, recipe)
+        own = vars(recipe.caller)
+        adaptation = recalibrate_(model, feed.epoch(recipe.epochs), prior=0, include=moving, **own)
+        try:
+            return _scored(model, val, recipe)
+        finally:
+            adaptation.restore_()
 
 
 def _scored(model: nn.Module, val: Iterable[Any], recipe: Recipe) -> Score:

@@ -132,6 +132,7 @@ def _refuse(recipe: Recipe, moving: Sequence[str]) -> None:
         raise UnknownName("joint layer", recipe.joint, LAYERS)
     wrong = {
         "regularisers=, which compare the source's batches alone": bool(recipe.regularisers),
+        "average=, since statistics for averaged weights are estimated on train": recipe.average is not None,
         "gradual=, which holds layers still": recipe.gradual,
         "forward=, since two batches are joined": recipe.caller.forward is not None,
         'a policy under which no batch norm statistics move; give policy="all"': not moving,

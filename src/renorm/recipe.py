@@ -22,6 +22,7 @@ Optimiser = str | Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 OPTIMISERS = ("adamw", "sgd")
 MEMORIES = ("normal",)
+AVERAGES = ("ema", "swa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class Recipe:
     depth_decay: float = 1.0
     gradual: bool = False
     clip: float | None = 1.0
+    average: str | None = None
+    ema_decay: float = 0.999
     target: Iterable[Any] | None = None
     joint: str = "transferable"
     target_weight: float = 0.1
@@ -66,6 +69,10 @@ class Recipe:
             raise UnknownName("metric", self.metric, METRICS)
         if isinstance(self.optimiser, str) and self.optimiser not in OPTIMISERS:
             raise UnknownName("optimiser", self.optimiser, OPTIMISERS)
+        if self.average is not None and self.average not in AVERAGES:
+            raise UnknownName("average", self.average, AVERAGES)
+        if not 0 < self.ema_decay < 1:
+            raise UsageError(f"ema_decay is what is kept at each step, between 0 and 1; got {self.ema_decay!r}.")
         weight = self.target_weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
             raise UsageError(f"target_weight is a number of at least 0; got {weight!r}.")
@@ -75,7 +82,7 @@ class Recipe:
     @property
     def asks_for_steps(self) -> bool:
         """Whether something was asked for that only steps of training heed."""
-        own = self.regularisers or self.gradual or self.target is not None or self.lr != "auto"
+        own = self.regularisers or self.gradual or self.target is not None or self.average or self.lr != "auto"
         return bool(own) or self.loss not in (None, "cross_entropy")
 
     def made(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
@@ -116,6 +123,8 @@ class Recipe:
         for name in ("policy", "loss", "optimiser"):
             value = getattr(self, name)
             told[name] = value if isinstance(value, str) or value is None else getattr(value, "name", _called(value))
+        if self.average is not None:
+            told |= {"average": self.average, "ema_decay": self.ema_decay}
         if self.target is not None:
             told |= {"joint": self.joint, "target_weight": self.target_weight}
         told["regularisers"] = [settings(each) for each in self.regularisers]

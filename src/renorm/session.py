@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from renorm.average import Unaveraged
 from renorm.calls import tensors_in
 from renorm.choices import Choice, Facts, choose_head, choose_policy, choose_rate, measure
 from renorm.errors import UsageError, require
@@ -115,7 +116,7 @@ class Plan:
         told = {name: getattr(self, name) for name in ("policy", "lr", "head", "facts", "steps", "notes")}
         return Started(**told, done=place.step, history=place.history)
 
-    def result(self, place: Place, score: Score | None, kept: Kept) -> FineTuned:
+    def result(self, place: Place, score: Score | None, kept: Kept, average: Unaveraged) -> FineTuned:
         """The event's last value."""
         return FineTuned(
             history=place.history,
@@ -128,7 +129,7 @@ class Plan:
             why={name: getattr(self, name).why for name in ("policy", "lr", "head")},
             facts=self.facts,
             steps=place.step,
-            notes=self.notes,
+            notes=(*self.notes, *average.notes()),
             undo=kept.undo,
             new_head=kept.head,
         )
@@ -236,9 +237,10 @@ class Place:
         """At the beginning of the next epoch."""
         return replace(self, epoch=self.epoch + 1, batch=0, lost=0.0, history=(*self.history, done))
 
-    def saved(self, model: nn.Module, optimiser: Any, position: str) -> Saved:
+    def saved(self, model: nn.Module, optimiser: Any, average: Unaveraged, position: str) -> Saved:
         """All that it takes to go on from here; `position` is that of the loader at the epoch's beginning."""
         tensors = {f"model.{name}": t for name, t in unwrap(model).state_dict().items() if isinstance(t, Tensor)}
+        tensors |= average.saved()
         plain: dict[str, dict[str, Any]] = {}
         state = optimiser.state_dict()["state"]
         for index, entries in state.items():
@@ -252,8 +254,8 @@ class Place:
         return Saved(tensors, {**own, "history": history, "position": position, "optimiser": plain})
 
     @staticmethod
-    def resumed(saved: Saved | None, model: nn.Module, optimiser: Any, feed: Feed) -> Place:
-        """Put the model, the optimiser and the loader where `saved` was, and say where that is: the beginning, without."""
+    def resumed(saved: Saved | None, model: nn.Module, optimiser: Any, average: Unaveraged, feed: Feed) -> Place:
+        """Put model, optimiser, average and loader where `saved` was, and say where that is: the beginning, without."""
         if saved is None:
             return Place()
         weights = {n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")}
@@ -264,6 +266,7 @@ class Place:
                 _, index, key = name.split(".", 2)
                 entries.setdefault(int(index), {})[key] = tensor
         optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
+        average.go_to(saved.tensors)
         feed.go_to(saved.state["position"])
         told = {name: saved.state[name] for name in ("epoch", "batch", "step", "taken", "lost")}
         return Place(**told, history=tuple(_epoch(each) for each in saved.state["history"]))

@@ -23,6 +23,7 @@ from renorm.finetune import finetune_, training
 from renorm.policy import POLICIES
 from renorm.recalibrate import recalibrate_
 from renorm.recipe import Recipe
+from renorm.sites import find_sites
 from renorm.split import split
 
 __all__ = ["Transfer"]
@@ -81,6 +82,7 @@ REGULARISED: dict[str, Way] = {
     f"+ {name}": partial(ours, policy=BEST, regularisers=name)
     for name in ("shrink", "stochnorm", "l2_sp", "bss", "delta", "co_tuning")
 }
+AVERAGED = {"average, none": None, "average, ema": "ema", "average, swa": "swa"}  # at the policy BEST
 
 
 class Transfer(Suite):
@@ -118,6 +120,8 @@ class Transfer(Suite):
             for task in TASKS:
                 yield from self._grid(task, share, WAYS)
         for task in TASKS:
+            yield from self._grid(task, FEW, AVERAGED)
+        for task in TASKS:
             yield from self._grid(task, FEW, REGULARISED)
         for seed in range(self.seeds):
             for way in JOINT:
@@ -144,15 +148,32 @@ class Transfer(Suite):
         batches = -(-len(train.labels) // BATCH)
         epochs = max(LEAST_EPOCHS, -(-STEPS // batches))
         job = Job(task.source(self.data), train, classes, epochs, cell["seed"])
+        measured = test.first(MEASURED)
+        if cell["way"] in AVERAGED:
+            return _averaged(job, measured, AVERAGED[cell["way"]])
         start = perf_counter()
         (WAYS | REGULARISED)[cell["way"]](job)
         seconds = perf_counter() - start
-        measured = test.first(MEASURED)
         found = {"error": error(job.model, measured), "labels": len(train.labels), "training_seconds": seconds}
         return found | (_sizes(job.model) if cell["way"] == "affine-and-head" else {})
 
     def table(self, rows: Sequence[Row]) -> str:
         return transfer_table.table(rows)
+
+
+def _averaged(job: Job, measured: Labelled, average: str | None) -> dict[str, float]:
+    """The error of the (averaged) weights at the end, and of the same with the statistics that the last steps left."""
+    names = tuple(str(label) for label in range(job.classes))
+    recipe = Recipe(policy=POLICIES[BEST], epochs=job.epochs, seed=job.seed, head="new", classes=names, average=average)
+    sites = find_sites(job.model)
+    for event in training(job.model, job.train.batches(BATCH), None, recipe):
+        if isinstance(event, Stepped):
+            left = {site.name: site.statistics() for site in sites}
+    estimated = error(job.model, measured)
+    for site in sites:
+        if (statistics := left[site.name]) is not None:
+            site.write_(statistics)
+    return {"error": estimated, "error_copied": error(job.model, measured)}
 
 
 def _joint(data: Path, seed: int, way: str) -> dict[str, float]:

@@ -35,7 +35,7 @@ def table(rows: Sequence[Row]) -> str:
     """Targets first, then the mean errors."""
     errors: Errors = {}
     for row in rows:
-        if "share" in dict(row.cell.factors):
+        if "share" in dict(row.cell.factors) and "error_copied" not in row.values:
             ways = errors.setdefault((row.cell["task"], row.cell["share"]), {})
             ways.setdefault(row.cell["way"], {})[row.cell["seed"]] = row.values["error"]
     targets = [*_against_plain(errors), *_best(errors), *_adapters(rows, errors), *_cost(rows)]
@@ -50,10 +50,31 @@ def table(rows: Sequence[Row]) -> str:
             "## Regularisers, at the policy `all`\n",
             markdown(("task", "labels", *beside), _means(few, beside), words=2),
         ]
+    averaged = [row for row in rows if "error_copied" in row.values]
+    if averaged:
+        columns = ("task", "average", "re-estimated", "as the last steps left them", "difference")
+        parts += [AVERAGED, markdown(columns, _averages(averaged), words=2)]
     joint = [row for row in rows if "share" not in dict(row.cell.factors) and "error" in row.values]
     if joint:
         parts += [JOINTLY, markdown(("way", "error on USPS in %"), _jointly(joint))]
     return "\n".join(parts)
+
+
+AVERAGED = """\
+## Averaged weights, and the statistics that fit them
+
+Error in per cent at 15 % of the labels, policy `all`: the last weights, their exponential mean (`average="ema"`) and the mean
+over the last quarter of the steps (`"swa"`), under statistics re-estimated on the training data, as `finetune_` leaves them,
+and under those that the last steps of training left. The difference is paired by seed.
+"""
+
+
+def _averages(rows: Sequence[Row]) -> Iterator[list[str]]:
+    for task, way in dict.fromkeys((row.cell["task"], row.cell["way"]) for row in rows):
+        found = [row.values for row in rows if (row.cell["task"], row.cell["way"]) == (task, way)]
+        means = [f"{np.mean([values[name] for values in found]):.1f}" for name in ("error", "error_copied")]
+        apart = paired([values["error"] - values["error_copied"] for values in found])
+        yield [task, way.removeprefix("average, "), *means, apart.text()]
 
 
 JOINTLY = """\

@@ -63,6 +63,7 @@ class Finetune(Trains):
             seed=self.seed,
             optimiser=self.optimiser,
             weight_decay=self.weight_decay,
+            average=self.average,
             depth_decay=self.depth_decay,
             gradual=self.gradual,
             run=self.run_folder or None,

@@ -52,6 +52,7 @@ class Pretrain(Trains):
             seed=self.seed,
             optimiser=self.optimiser,
             weight_decay=self.weight_decay,
+            average=self.average,
             run=self.run_folder or None,
             save_every=self.save_every,
             caller=Caller(**self.calling()),

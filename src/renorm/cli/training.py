@@ -33,6 +33,9 @@ class Trains(OnModel):
     lr: float | Literal["auto"] = option("auto", "the highest learning rate")
     optimiser: Literal["adamw", "sgd"] = option("adamw", "sgd is with momentum 0.9, Nesterov")
     weight_decay: float = option(0.01, "of weights; norm layers and biases have none")
+    average: Literal["ema", "swa"] | None = option(
+        None, "write the mean of the weights over the steps, statistics to fit"
+    )
     metric: str = option("accuracy", "what val is scored by; renorm evaluate --help lists them", metavar="NAME")
     run_folder: str = option("", "keep checkpoints here, and go on from the one it holds", metavar="DIR")
     save_every: int | None = option(None, "steps between checkpoints (default: each epoch and each minute)")
