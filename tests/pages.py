@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
-from renorm.report.base import Bar, Bars, Heat, Report, Spans, Table, Told, Words
+from renorm.report.base import Bar, Bars, Heat, Matrix, Report, Spans, Table, Told, Words
 from renorm.said import say
 
 # What a file, a class or a layer may be called, and what a page would make of it unescaped.
@@ -48,6 +48,7 @@ def everything(name: str = "layer1.0.bn2") -> Report:
                 items=((name, name, 50.0, 40.0, 61.0, "plain"), ("b", "70", 70.0, 66.0, 73.0, "good")),
                 across=name,
             ),
+            Matrix(name, names=(name, "class b"), counts=((3, 1), (0, 250)), across=name, up=name, note=name),
             Table(
                 name,
                 ("", name, "95 %", "n", "why", "kept"),

@@ -26,7 +26,7 @@ from renorm.cli.parse import parse
 from renorm.errors import BatchError, MissingExtra
 from renorm.online.base import catalogue as methods
 from renorm.report import pictures, stream
-from renorm.report.base import Lines, Table, Words
+from renorm.report.base import Lines, Table, Words, thinned
 from renorm.stream import Step
 from tests.test_cli import NETS, Ran, refused
 
@@ -422,8 +422,8 @@ def test_a_stream_is_drawn_as_far_as_it_is_known() -> None:
 
 def test_a_long_line_is_thinned_to_means_of_neighbours() -> None:
     nan = float("nan")
-    assert stream.thinned([(1, 1.0), (2, 3.0), (3, nan), (4, 5.0)], most=2) == ((1.5, 2.0), (3.5, 5.0))
-    assert len(stream.thinned([(k, 0.0) for k in range(10_000)])) == 200
+    assert thinned([(1, 1.0), (2, 3.0), (3, nan), (4, 5.0)], most=2) == ((1.5, 2.0), (3.5, 5.0))
+    assert len(thinned([(k, 0.0) for k in range(10_000)])) == 200
 
 
 # ── the docs ──

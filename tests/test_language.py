@@ -89,7 +89,7 @@ def test_what_a_finding_says_is_said() -> None:
     assert all(isinstance(rule.title, Said) for rule in rules().values())
 
 
-PROSE = {"Words", "Table", "Told", "Bars", "Heat", "Lines", "Spans"}
+PROSE = {"Words", "Table", "Told", "Bars", "Heat", "Lines", "Matrix", "Spans"}
 
 
 def test_what_a_report_or_a_note_says_is_said() -> None:

@@ -21,6 +21,7 @@ from renorm.state import evaluating, preserving
 Metric = str | Callable[[Any, Any], float | Tensor]
 Groups = str | Iterable[Any] | Callable[[Any], Any]
 LOWER_IS_BETTER = ("nll", "ece", "mse", "mae")
+CLASSES = 1000  # of more of them a table of all pairs is no help
 BOOTSTRAP = 200  # resamples: the interval's own error is then about a tenth of its width
 
 
@@ -30,6 +31,8 @@ class Score(Faces):
 
     `nll` (nats) and `ece` (15 bins) are those of the softmax of the logits, NaN where the labels are not class indices.
     `groups` holds the score of every group of the samples, the worst value first; empty where none were given.
+    `confusion` counts samples by their label (rows) and the answer (columns); None where labels are no class indices, or of
+    more than 1,000 classes.
     """
 
     value: float
@@ -39,6 +42,7 @@ class Score(Faces):
     ece: float
     metric: str
     groups: Mapping[str, Score] = field(default_factory=dict[str, "Score"])
+    confusion: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 class Outputs(NamedTuple):
@@ -99,7 +103,7 @@ def evaluate(
             named += now
             count += result.samples
     joined, truth = _joined(outputs), _joined(labels)
-    score = _score(metric, name, joined, truth, count)
+    score = replace(_score(metric, name, joined, truth, count), confusion=_confusion(joined, truth))
     if groups is None:
         return score
     if not (isinstance(groups, str) or callable(groups)):
@@ -122,6 +126,14 @@ def _score(metric: Metric, name: str, outputs: Any, labels: Any, count: int) -> 
     value = float(compute(outputs, labels))
     interval = _interval(scores) if scores is not None else _bootstrap(compute, outputs, labels)
     return Score(value=value, interval=interval, count=count, nll=nll, ece=ece, metric=name)
+
+
+def _confusion(outputs: Any, labels: Any) -> Tensor | None:
+    if not _is_classification(outputs, labels) or outputs.shape[1] > CLASSES:
+        return None
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(outputs.argmax(1), labels.long(), num_classes=outputs.shape[1])
 
 
 def _groups_of(batch: Any, groups: Groups | None) -> tuple[list[str], Any]:

@@ -14,13 +14,17 @@ from renorm.state import Undo
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What one epoch came to: the mean `loss` of its steps, the `score` on val after it, the last `lr`, and its seconds."""
+    """What one epoch came to: the mean `loss` of its steps, the `score` on val after it, the last `lr`, and its seconds.
+
+    drift  {batch norm site: how far the statistics that it holds lie from the source's, in source sd}, as training left them
+    """
 
     epoch: int
     loss: float
     score: Score | None
     lr: float
     seconds: float
+    drift: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,7 @@ class FineTuned:
     value      the metric on val at the very end, statistics re-estimated; None without val
     score      the same with its interval
     moved      {parameter or statistic: how far it moved, relative to what it was}, for those that did
+    drift      {batch norm site: how far its statistics now lie from the source's, in source sd}
     lr         the highest rate of the features' last stage
     policy     what was allowed to move
     head       "new" or "keep"
@@ -68,6 +73,7 @@ class FineTuned:
     value: float | None
     score: Score | None
     moved: Mapping[str, float]
+    drift: Mapping[str, float]
     lr: float
     policy: Policy
     head: str

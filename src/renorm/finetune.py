@@ -197,7 +197,9 @@ def training(model: nn.Module, train: Iterable[Any], val: Iterable[Any] | None, 
             beside.rest()
             score = _validated(model, val, None if beside.feed else feed, recipe, still, place, average)
             seconds = monotonic() - began
-            place = place.next_epoch(Epoch(epoch=epoch, loss=place.mean, score=score, lr=rate, seconds=seconds))
+            place = place.next_epoch(
+                Epoch(epoch=epoch, loss=place.mean, score=score, lr=rate, seconds=seconds, drift=source.drift())
+            )
             run.save(place.saved(model, optimiser, average, feed.position()))
             yield place.history[-1]
 

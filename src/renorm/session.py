@@ -22,12 +22,14 @@ from renorm.few import Solved
 from renorm.freeze import Freeze, hold_
 from renorm.groups import parameter_groups
 from renorm.heads import NewHead, last_layer, new_head_, outputs_of
+from renorm.moments import Moments
 from renorm.policy import apply_policy_, preset
 from renorm.provenance import fingerprint
 from renorm.recipe import Recipe, labels_of
 from renorm.regularisers.base import Penalty, Start
 from renorm.runs import Run, Saved, Unsaved
 from renorm.said import say
+from renorm.shift import Shift
 from renorm.sites import Site, device_of, find_sites, parameters_of, unwrap, walk
 from renorm.split import Split, split
 from renorm.state import Undo
@@ -38,11 +40,15 @@ HEAD_RATE = 3.0  # a new head learns so many times faster than what is pretraine
 
 @dataclass
 class Kept:
-    """The model as it came: `undo` for its state, `source` for its values by name, `head` once a new one stands."""
+    """The model as it came: `undo` for its state, `source` for its values by name, `statistics` of its batch norm sites.
+
+    `head` is None until a new one stands.
+    """
 
     model: nn.Module
     undo: Undo
     source: Mapping[str, Tensor]
+    statistics: Mapping[str, Moments]
     device: torch.device
     head: NewHead | None = None
 
@@ -53,13 +59,23 @@ class Kept:
             self.head.restore_()
         self.model.to(self.device)
 
+    def drift(self) -> dict[str, float]:
+        """How far the statistics that each batch norm site holds now lie from those it came with, in source sd."""
+        return {
+            site.name: Shift.between(self.statistics[site.name], held, eps=site.eps).layer.wasserstein2
+            for site in find_sites(self.model)
+            if site.name in self.statistics and (held := site.statistics()) is not None
+        }
+
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[Kept]:
     """Inside, anything may happen to `model`; a failure gives it back bit for bit, gradients of before included."""
     inner = unwrap(model)
     undo = Undo("finetune_", dict(walk(inner)), parameters=True)
-    state = Kept(inner, undo, values_of(inner), device_of(inner))
+    held = {site.name: site.statistics() for site in find_sites(inner) if site.kind == "batch"}
+    statistics = {name: moments for name, moments in held.items() if moments is not None}
+    state = Kept(inner, undo, values_of(inner), statistics, device_of(inner))
     gradients = [(p, p.grad) for p in inner.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -123,6 +139,7 @@ class Plan:
             value=None if score is None else score.value,
             score=score,
             moved=_moved(kept),
+            drift=kept.drift(),
             lr=self.lr.value,
             policy=self.policy.value,
             head=self.head.value,
@@ -250,7 +267,7 @@ class Place:
                 else:
                     plain.setdefault(str(index), {})[key] = value
         own = {name: getattr(self, name) for name in ("epoch", "batch", "step", "taken", "lost")}
-        history = [asdict(epoch) for epoch in self.history]
+        history = [_told(epoch) for epoch in self.history]
         return Saved(tensors, {**own, "history": history, "position": position, "optimiser": plain})
 
     @staticmethod
@@ -270,6 +287,11 @@ class Place:
         feed.go_to(saved.state["position"])
         told = {name: saved.state[name] for name in ("epoch", "batch", "step", "taken", "lost")}
         return Place(**told, history=tuple(_epoch(each) for each in saved.state["history"]))
+
+
+def _told(epoch: Epoch) -> dict[str, Any]:
+    score = epoch.score and replace(epoch.score, confusion=None)  # of many classes larger than the weights
+    return asdict(replace(epoch, score=score))
 
 
 def _epoch(told: dict[str, Any]) -> Epoch:

@@ -68,7 +68,7 @@ class Trains(OnModel):
         origin = fingerprint(model.module)
         names = tuple(dataset.classes or ()) or None
         recipe = replace(self.beside(model, recipe), classes=names if recipe.head != "keep" else None)
-        result = _drawn(model, Reshuffled(dataset.batches, names), val and val.batches, recipe, screen)
+        result, losses = _drawn(model, Reshuffled(dataset.batches, names), val and val.batches, recipe, screen)
         loaded = model.checkpoint.sha256 if model.checkpoint else None
         made = provenance(
             command=self.written(),
@@ -88,8 +88,8 @@ class Trains(OnModel):
             model=self.model,
             data=self.data,
             verdict=page.verdict(result, output=self.output),
-            blocks=page.blocks(result),
-            result=page.result(result) | {"output": self.output},
+            blocks=page.blocks(result, losses=losses, names=names),
+            result=page.result(result, names=names) | {"output": self.output},
             notes=(*result.notes, *notes(model, dataset, val)),
             origin=self.origin_of(model, dataset, fingerprinted=origin),
         )
@@ -116,22 +116,26 @@ class Reshuffled:
         return replace(batches, order=batches.order[order], labels=labels)
 
 
-def _drawn(model: Model, train: Reshuffled, val: Any, recipe: Recipe, screen: Screen) -> FineTuned:
-    """Run the loop to its end, with its events drawn as they come."""
+def _drawn(
+    model: Model, train: Reshuffled, val: Any, recipe: Recipe, screen: Screen
+) -> tuple[FineTuned, list[tuple[int, float]]]:
+    """Run the loop to its end, with its events drawn as they come; the result, and (step, loss) of each step."""
     from renorm.events import Epoch, Finished, Started, Stepped
     from renorm.finetune import training
 
     events = training(model.module, train, val, recipe)
     started = next(events)
     assert isinstance(started, Started)
+    losses: list[tuple[int, float]] = []
     with screen.progress(f"training ({started.policy.value.name})", total=started.steps, done=started.done) as drawn:
         for event in events:
             if isinstance(event, Stepped):
+                losses.append((event.step, event.loss))
                 drawn(1, f"epoch {event.epoch + 1}, loss {event.loss:.3f}")
             elif isinstance(event, Epoch) and event.score is not None:
                 drawn(0, f"epoch {event.epoch + 1}, {event.score.metric} {event.score.value:.3f}")
     assert isinstance(event, Finished)  # the last one of a loop that does not fail
-    return event.result
+    return event.result, losses
 
 
 def _is_main() -> bool:

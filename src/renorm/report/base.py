@@ -6,10 +6,12 @@ A face (terminal, JSON, HTML) knows these few types and no command; a command kn
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from typing import Any, Literal
 
+POINTS = 200  # of a line: more than a picture has room for
 Tone = Literal["good", "doubt", "bad", "plain"]
 
 
@@ -110,6 +112,14 @@ class Curves(Picture):
     limits: tuple[tuple[float, Tone], ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Matrix(Picture):
+    """One square for each pair of `names`, row by row: shaded by its share of its row, with its count written in it."""
+
+    names: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
 Block = Words | Table | Picture
 
 
@@ -131,6 +141,19 @@ class Report:
     notes: tuple[str, ...] = ()
     exit_code: int = 0
     origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def thinned(points: Sequence[tuple[float, float]], *, most: int = POINTS) -> tuple[tuple[float, float], ...]:
+    """At most so many points: the means of neighbours; what is no number counts only where all of them are none."""
+    each = max(1, -(-len(points) // most))
+    parts = [points[start : start + each] for start in range(0, len(points), each)]
+    return tuple((mean([x for x, _ in part]), mean([y for _, y in part])) for part in parts)
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean of those that are finite; NaN where none is."""
+    finite = [value for value in values if isfinite(value)]
+    return sum(finite) / len(finite) if finite else nan
 
 
 def clean(text: str) -> str:

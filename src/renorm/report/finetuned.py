@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from math import isfinite, nan
 from typing import Any
 
 from renorm.events import FineTuned
+from renorm.report import classes
 from renorm.report import score as scores
-from renorm.report.base import Bar, Block, Table, Words
+from renorm.report.base import Bar, Block, Lines, Picture, Table, Tone, Words, mean, thinned
 from renorm.said import follow, many, say
 
 ROWS = 8
@@ -33,10 +36,28 @@ def verdict(result: FineTuned, *, output: str) -> Words:
     return Words(follow(text, written), "good", title)
 
 
-def blocks(result: FineTuned) -> tuple[Block, ...]:
-    """What follows the verdict: what was chosen and why, the epochs, what moved farthest."""
+def blocks(
+    result: FineTuned, *, losses: Sequence[tuple[int, float]] = (), names: Sequence[str] | None = None
+) -> tuple[Block, ...]:
+    """What follows the verdict: what was chosen and why, the epochs, the classes, and how far all went.
+
+    losses  (step, loss) of each step that this process took, to be drawn
+    names   of the classes
+    """
+    confusion = None if result.score is None else result.score.confusion
+    return (
+        _chosen(result),
+        *_learning(result, losses),
+        *([_epochs(result)] if result.history else []),
+        *classes.blocks(confusion, names),
+        *_drift(result),
+        *([_moved(result)] if result.moved else []),
+    )
+
+
+def _chosen(result: FineTuned) -> Table:
     why = say("why")
-    chosen = Table(
+    return Table(
         say("Chosen"),
         ("", say("what"), why),
         (
@@ -46,6 +67,9 @@ def blocks(result: FineTuned) -> tuple[Block, ...]:
         ),
         words=(why,),
     )
+
+
+def _epochs(result: FineTuned) -> Table:
     shown = result.history[-ROWS:]
     scored = [epoch.score for epoch in shown if epoch.score is not None]
     rows = tuple(
@@ -58,8 +82,55 @@ def blocks(result: FineTuned) -> tuple[Block, ...]:
         for epoch in shown
     )
     metric = [scores.metric(scored[0])] if scored else []
-    epochs = Table(say("Epochs"), (say("epoch"), say("loss"), *metric, say("seconds")), rows)
-    return (chosen, epochs, *([_moved(result)] if result.moved else []))
+    return Table(say("Epochs"), (say("epoch"), say("loss"), *metric, say("seconds")), rows)
+
+
+def _learning(result: FineTuned, losses: Sequence[tuple[int, float]]) -> tuple[Picture, ...]:
+    """Loss and score over the steps, as far as there are two points to a line."""
+    steps = result.steps / max(1, len(result.history))
+    ends = [(epoch, (epoch.epoch + 1) * steps) for epoch in result.history]
+    trained = thinned([(float(step), loss) for step, loss in losses]) or tuple((x, epoch.loss) for epoch, x in ends)
+    scored = [(epoch.score, x) for epoch, x in ends if epoch.score is not None]
+    unsure = tuple((x, score.nll) for score, x in scored if isfinite(score.nll))
+    items: list[tuple[str, Tone, tuple[tuple[float, float], ...]]] = [(say("training"), "plain", trained)]
+    if unsure:
+        items.append((say("val"), "doubt", unsure))
+    drawn: list[Picture] = []
+    if len(trained) > 1:
+        note = say("Training: as each step had it, penalties included, means over neighbouring steps.")
+        if unsure:
+            note = follow(
+                note, say("Val: the mean negative log likelihood after each epoch; where it rises, it overfits.")
+            )
+        drawn.append(Lines(say("Loss"), items=tuple(items), across=say("step"), up=say("loss"), note=note))
+    if len(scored) > 1:
+        share = scored[0][0].metric in scores.SHARES
+        points = tuple((x, (100 if share else 1) * score.value) for score, x in scored)
+        up = say("{metric}, %", metric=scores.metric(scored[0][0])) if share else scores.metric(scored[0][0])
+        drawn.append(Lines(say("Score on val"), items=((up, "plain", points),), across=say("step"), up=up))
+    return tuple(drawn)
+
+
+def _drift(result: FineTuned) -> tuple[Picture, ...]:
+    """How far the statistics went from the source's over the epochs; nothing where they stood still all the time."""
+    told = [epoch.drift for epoch in result.history if epoch.drift]
+    if not told or not any(value for drift in (*told, result.drift) for value in drift.values()):
+        return ()
+    farthest = max(told[-1], key=lambda name: told[-1][name])
+    means = [mean(drift.values()) for drift in told]
+    over = [0.0, *(float(epoch.epoch + 1) for epoch in result.history if epoch.drift)]
+    items: list[tuple[str, Tone, tuple[tuple[float, float], ...]]] = [
+        (say("mean of {count} layers", count=len(told[-1])), "plain", tuple(zip(over, [0.0, *means], strict=True))),
+        (farthest, "doubt", tuple(zip(over, [0.0, *(drift.get(farthest, nan) for drift in told)], strict=True))),
+    ]
+    if result.drift:
+        items.append((say("re-estimated, mean"), "good", ((over[-1], mean(result.drift.values())),)))
+    note = say(
+        "2-Wasserstein distance of the statistics that a layer holds from those it came with; 0 is the source. The layer drawn "
+        "by name is the farthest; the dot is what the model holds at the end."
+    )
+    title = say("How far statistics drifted from the source")
+    return (Lines(title, items=tuple(items), across=say("epoch"), up=say("source sd"), note=note),)
 
 
 def _moved(result: FineTuned) -> Table:
@@ -72,8 +143,8 @@ def _moved(result: FineTuned) -> Table:
     return Table(say("What moved, farthest first"), (say("name"), say("moved")), rows, note=note)
 
 
-def result(result: FineTuned) -> dict[str, Any]:
-    """The numbers, for machines."""
+def result(result: FineTuned, *, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The numbers, for machines; `names` of the classes."""
     return {
         "value": result.value,
         "score": None if result.score is None else scores.result(result.score),
@@ -90,8 +161,11 @@ def result(result: FineTuned) -> dict[str, Any]:
                 "lr": epoch.lr,
                 "seconds": epoch.seconds,
                 "score": None if epoch.score is None else scores.result(epoch.score),
+                "drift": dict(epoch.drift),
             }
             for epoch in result.history
         ],
         "moved": dict(result.moved),
+        "drift": dict(result.drift),
+        "classes": None if result.score is None else classes.result(result.score.confusion, names),
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from renorm.errors import require
-from renorm.report.base import Bars, Curves, Heat, Lines, Picture, Spans, clean
+from renorm.report.base import Bars, Curves, Heat, Lines, Matrix, Picture, Spans, clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +35,8 @@ COLOURS = {
 }
 HOT = "#d1440c"  # of the strips; from clear to full, it shows on white and on black
 LONGEST = 38  # characters of a name in a picture; the tables have it whole
+SHORT = 12  # of one beside a matrix, whose squares need the room
+COUNTED, NAMED = 8, 14  # squares along a side of a matrix in which a count fits, and beside which a name does
 WIDTH = 348.0  # points, which are CSS pixels on a phone held upright: letters keep their size there
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 SETTINGS: Any = {
@@ -142,6 +144,8 @@ def _height(picture: Picture) -> float:
         return 34.0 * len(picture.rows) + 62
     if isinstance(picture, Spans):
         return 36.0 * len(picture.items) + 44
+    if isinstance(picture, Matrix):
+        return 320.0
     return 190.0
 
 
@@ -156,6 +160,8 @@ def _draw(picture: Picture, part: SubFigure) -> None:
         _lines(picture, part.subplots())
     elif isinstance(picture, Curves):
         _curves(picture, part.subplots())
+    elif isinstance(picture, Matrix):
+        _matrix(picture, part.subplots())
 
 
 def _bars(picture: Bars, axes: Axes) -> None:
@@ -195,10 +201,8 @@ def _bars(picture: Bars, axes: Axes) -> None:
 
 def _heat(picture: Heat, part: SubFigure) -> None:
     import numpy
-    from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-    red, green, blue, _ = to_rgba(HOT)
-    shades = LinearSegmentedColormap.from_list("hot", [(red, green, blue, 0.05), (red, green, blue, 1.0)])
+    shades = _shades()
     axes, scale = part.subplots(2, 1, height_ratios=[34 * len(picture.rows), 10])
     for place, (name, text, values) in enumerate(picture.rows):
         strip = {"cmap": shades, "vmin": 0, "vmax": picture.top, "aspect": "auto", "interpolation": "none"}
@@ -212,6 +216,34 @@ def _heat(picture: Heat, part: SubFigure) -> None:
     scale.set(yticks=[], xlabel=_label(picture.up))
     scale.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks[:-1]] + [f"{picture.top:.2g}+"])
     scale.tick_params(length=0)
+
+
+def _shades() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    red, green, blue, _ = to_rgba(HOT)
+    return LinearSegmentedColormap.from_list("hot", [(red, green, blue, 0.05), (red, green, blue, 1.0)])
+
+
+def _matrix(picture: Matrix, axes: Axes) -> None:
+    import numpy
+
+    counts = numpy.array(picture.counts, dtype=float)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    axes.imshow(shares, cmap=_shades(), vmin=0, vmax=1, interpolation="none")
+    size = len(picture.names)
+    if size <= COUNTED and counts.max() < 1000:  # more digits than these do not fit into a square
+        for (row, column), count in numpy.ndenumerate(counts):
+            if count:
+                axes.text(column, row, f"{count:.0f}", ha="center", va="center", size=11)
+    every = -(-size // NAMED)  # names need a line each
+    names = [name if len(name) <= SHORT else f"{name[: SHORT - 1]}…" for name in map(_label, picture.names[::every])]
+    axes.set_xticks(range(0, size, every), names, rotation=90)
+    axes.set_yticks(range(0, size, every), names)
+    axes.tick_params(length=0)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xlabel(_label(picture.across))
+    axes.set_ylabel(_label(picture.up))
 
 
 def _spans(picture: Spans, axes: Axes) -> None:

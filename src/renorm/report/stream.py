@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from math import isfinite, isinf, nan
+from math import isfinite, isinf
 from typing import Any, NamedTuple
 
 from renorm.guard import MOVED, UNMOVED
-from renorm.report.base import Bar, Block, Lines, Picture, Table, Told, Tone, Words
+from renorm.report.base import Bar, Block, Lines, Picture, Table, Told, Tone, Words, mean, thinned
 from renorm.said import Said, follow, many, say
 from renorm.stream import Step
 
 ROWS = 10
-POINTS = 200  # of a line: more than the picture has room for
 
 
 class Errors(NamedTuple):
@@ -150,7 +149,7 @@ def _phases(streamed: Streamed) -> Table:
             _range(phase.steps),
             f"{phase.samples:,}",
             Told(say("the adapted model"), "good") if phase.believed else Told(say("the source"), "doubt"),
-            Bar(_mean(step.weight for step in phase.steps), f"{_mean(step.weight for step in phase.steps):.2f}"),
+            Bar(mean(step.weight for step in phase.steps), f"{mean(step.weight for step in phase.steps):.2f}"),
             _number(phase.steps[-1].evidence),
             f"{sum(step.left_out for step in phase.steps):,}",
         )
@@ -235,21 +234,6 @@ def _drawn_errors(streamed: Streamed, errors: Errors, note: Said, around: dict[s
         for place, (name, tone) in enumerate(both)
     )
     return Lines(say("Errors along the stream"), items=items, up=say("error, %"), note=note, **around)
-
-
-def thinned(points: Sequence[tuple[float, float]], *, most: int = POINTS) -> tuple[tuple[float, float], ...]:
-    """At most so many points: the means of neighbours; what is no number counts only where all of them are none."""
-    each = max(1, -(-len(points) // most))
-    found = []
-    for start in range(0, len(points), each):
-        part = points[start : start + each]
-        found.append((_mean(x for x, _ in part), _mean(y for _, y in part)))
-    return tuple(found)
-
-
-def _mean(values: Iterator[float]) -> float:
-    finite = [value for value in values if isfinite(value)]
-    return sum(finite) / len(finite) if finite else nan
 
 
 def _range(steps: Sequence[Step]) -> str:
