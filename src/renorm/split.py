@@ -54,8 +54,9 @@ def split(model: nn.Module, head: Literal["auto"] | str | Sequence[str] = "auto"
            that has parameters, and likewise for auxiliary heads); the last linear layer
 
     Stages are the children that hold parameters, in the order they were registered. While there are fewer than four, the
-    largest is taken apart; a norm layer alone belongs to the stage before it. In a model that runs in another order than it
-    was registered the stages are in the wrong order too. Of several outputs (detection) name the heads yourself.
+    largest is taken apart; a norm layer alone, or a weight tied to an earlier one, belongs to the stage before it. In a
+    model that runs in another order than it was registered the stages are in the wrong order too. Of several outputs
+    (detection) name the heads yourself.
     Raises UnknownName for a head that is no module of the model, UsageError for one without parameters.
     """
     inner = unwrap(model)
@@ -81,14 +82,15 @@ def _find_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         timm = [named] if isinstance(named, str) else list(named)
         return [name for name in timm if name in modules and _size(modules[name])]
     base = getattr(model, "base_model_prefix", None)
-    if base and hasattr(model, "config"):
-        if getattr(model, base, None) is None:  # the base model itself
-            return []
+    of_transformers = bool(base) and hasattr(model, "config")
+    if of_transformers and getattr(model, str(base), None) is not None:
         return [name for name, child in model.named_children() if name != base and _size(child)]
     children = [name for name in modules if name and "." not in name]
     usual = next(
         (_last_layer(name, modules) for name in _NAMES if name in children and _last_layer(name, modules)), None
     )
+    if usual is None and of_transformers:  # the base model itself
+        return []
     if usual is None:
         linear = [name for name, module in modules.items() if type(module).__name__ in _LINEAR and _size(module)]
         usual = linear[-1] if linear else None
@@ -142,15 +144,18 @@ def _outside(name: str, module: nn.Module, head: Sequence[str]) -> bool:
 
 
 def _joined(parts: Sequence[str], modules: dict[str, nn.Module], head: Sequence[str]) -> list[list[str]]:
-    """The parts as stages: a part that is nothing but norm layers (and head) goes with the one before it."""
+    """The parts as stages: a part of nothing but norm layers, head and weights of before goes with the one before it."""
     stages: list[list[str]] = []
+    known: set[int] = set()
     for part in parts:
         module = modules[part]
-        own = {id(p) for site in find_sites(module) for p in site.affine.values()}
-        if stages and all(id(p) in own or _within(f"{part}.{name}", head) for name, p in parameters_of(module).items()):
+        beside = known | {id(p) for site in find_sites(module) for p in site.affine.values()}
+        held = parameters_of(module)
+        if stages and all(id(p) in beside or _within(f"{part}.{name}", head) for name, p in held.items()):
             stages[-1].append(part)
         else:
             stages.append([part])
+        known |= {id(p) for p in held.values()}
     return stages
 
 
