@@ -72,6 +72,7 @@ ROOMS = (
         "mend",
         "adjacent",
         "second_look",
+        "mixture",
         "suspects",
         "stored",
         "costs",

@@ -11,7 +11,7 @@ from renorm.bench import doctor_table
 from renorm.bench.base import Cell, Row
 from renorm.bench.doctor import REAL, DoctorSuite
 from renorm.bench.patients import DISEASES, HEALTHY, SICK
-from renorm.bench.planted import RULES, STRENGTHS, run
+from renorm.bench.planted import PLANTS, run
 from renorm.bench.threads import THREADS
 from renorm.rules.base import catalogue
 from tests.data import shared
@@ -25,7 +25,7 @@ def suite() -> DoctorSuite:
 
 
 def test_every_rule_that_is_planted_exists_and_there_are_enough_models() -> None:
-    named = {disease.rule for disease in DISEASES.values()} | set(RULES.values())
+    named = {disease.rule for disease in DISEASES.values()} | {plant.rule for plant in PLANTS.values()}
     named |= {rule for thread in THREADS.values() for rule in thread.rules}
     assert named <= set(catalogue())
     assert len(HEALTHY) >= 40
@@ -49,7 +49,7 @@ def test_a_sick_and_a_healthy_cell_say_so() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", ["means of a layer moved, sd", "padded steps, share"])
 def test_what_is_planted_strongest_is_found(plant: str) -> None:
-    values = run(shared("nets.py").parent, plant, max(STRENGTHS[plant]), 0)
+    values = run(shared("nets.py").parent, plant, PLANTS[plant].strengths[-1], 0)
     assert values["found"] == 1.0
     assert values["value"] > 0
 

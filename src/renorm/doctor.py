@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from math import inf
@@ -89,6 +89,7 @@ def diagnose(
     *,
     checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    domains: Sequence[Hashable] | None = None,
     passes: float | None = None,
     forward: Forward | None = None,
     output: Output | None = None,
@@ -100,6 +101,7 @@ def diagnose(
 
     `checkpoint` is the file that the model was loaded from, or its tensors by name, for the rules that compare the two;
     `optimizer` the one that is to train it, or several, for the rules about its groups (`watch` sees the loop itself).
+    `domains` names the domain (camera, hospital) of each sample, in the order of the batches, for the rule on mixtures.
     Without `batches` only the rules that need none run. A model without batch norm is healthy. The cheapest rules run
     first. One pass over the batches serves most; second looks run the first of them again, and a shift that may come of
     wrong preprocessing is looked into with up to 32 runs more. `passes` is the most that may be spent, in passes over the
@@ -113,7 +115,9 @@ def diagnose(
     if passes is not None and not passes >= 0:
         raise UsageError(f"passes is the most passes over the batches that may be spent, 0 or more; got {passes!r}.")
     most = inf if passes is None else passes
-    facts = Facts(model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer), passes=most)
+    facts = Facts(
+        model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer), domains=domains, passes=most
+    )
     return _judged(facts)
 
 

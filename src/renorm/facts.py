@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, islice
@@ -21,6 +21,7 @@ from renorm.kind import Kind, kind, moved_at, traces
 from renorm.loop import Loop
 from renorm.mend import Fix, reestimating
 from renorm.methods.equal_mix import class_mix
+from renorm.mixture import Mixture, mixtures
 from renorm.moments import Moments, Observed
 from renorm.observation import Observation
 from renorm.observe import finish, observing, sites_to_observe
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Facts", "was_trained"]
 
-LOOKED = 256  # samples of the first batches by which accuracy and kind are estimated: 3 points
+LOOKED = 256  # samples of the first batches by which accuracy, kind and mixtures are estimated: 3 points
 KEPT = 128  # samples of the first batches that are kept for a second look: the standard error of a share is 4 points
 PARTS = 20  # batches whose moments are kept apart: users bring 5 to 20
 
@@ -64,6 +65,7 @@ class Facts:
     loop: Loop | None = None  # what a training loop did, where one was watched
     graph: tuple[Stored, ...] | None = None  # the batch norms of an exported file, which `model` is then made of
     settings: bool = True  # whether eps and momentum are the model's: a file of weights does not say
+    domains: Sequence[Hashable] | None = None  # the domain of each sample, in the order of the batches
     passes: float = inf  # the most passes over the batches that may be spent
     _kept: dict[int, Any] = field(default_factory=dict, repr=False, init=False)
     _failed: dict[int, Exception] = field(default_factory=dict, repr=False, init=False)
@@ -250,6 +252,19 @@ class Facts:
     def padding(self) -> dict[str, Padding]:
         """Per site that reads sequences: the share of padded positions, and how far they move its moments in their sd."""
         return trailing_padding(self.model, self.few, self.batch, self.caller)
+
+    @cached_property
+    def mixtures(self) -> dict[str, Mixture]:
+        """Per site, the groups that the first samples fall into, or how far known domains lie apart."""
+        _ = self.observed
+        known: list[Hashable] | None = None if self.domains is None else []
+        at = 0
+        for index, batch in self._kept.items():
+            upto = at + read(batch).samples
+            if known is not None and self.domains is not None and index not in self._failed:
+                known += self.domains[at:upto]
+            at = upto
+        return mixtures(self.model, self._sound, self.batch, self.caller, known)
 
     @cached_property
     def suspect(self) -> Verdict | None:

@@ -63,10 +63,10 @@ class DoctorSuite(Suite):
                 yield Cell.of(part="sick", model=model, disease=disease)
         for model in HEALTHY:
             yield Cell.of(part="healthy", model=model)
-        for plant, strengths in planted.STRENGTHS.items():
-            for strength in strengths:
+        for name, plant in planted.PLANTS.items():
+            for strength in plant.strengths:
                 for seed in range(self.seeds):
-                    yield Cell.of(part="planted", plant=plant, strength=strength, seed=seed)
+                    yield Cell.of(part="planted", plant=name, strength=strength, seed=seed)
         seeds = range(self.seeds if self.size == "full" else 1)  # of the real cases
         for name, bed in REAL.items():
             for shift in bed.shifts:
@@ -124,7 +124,7 @@ def _sick(name: str, disease: str) -> dict[str, float]:
 def _healthy(name: str) -> dict[str, float]:
     model = calibrated(name)
     values: dict[str, float] = {}
-    for key, batches in (("alone", None), ("data", [images(32), images(32, seed=1)])):
+    for key, batches in (("alone", None), ("data", [images(32, seed=seed) for seed in range(1, 5)])):
         said = [finding.severity for finding in diagnose(model, batches).findings]
         values |= {f"{key} {level}": float(said.count(level)) for level in ("error", "warning", "info")}
     audit = _audit(model)

@@ -16,7 +16,7 @@ from renorm.doctor import diagnose
 from renorm.moments import Moments
 from renorm.sites import find_sites
 
-__all__ = ["RULES", "STRENGTHS", "run"]
+__all__ = ["PLANTS", "Plant", "run"]
 
 
 class Case(NamedTuple):
@@ -83,37 +83,57 @@ def _padding(case: Case, strength: float, seed: int) -> Case:
     return Case(model.eval(), [x])
 
 
-PLANTS: Mapping[str, Callable[[Case, float, int], Case]] = {
-    "means of a layer moved, sd": _shifted,
-    "images sorted, share": _sorted,
-    "one batch of ten multiplied by": _outlier,
-    "updates before the stop": _updates,
-    "images in all": _few,
-    "padded steps, share": _padding,
+def _noisy(case: Case, strength: float, seed: int) -> Case:
+    """That share of the images under noise, shuffled among the others."""
+    images = torch.cat(case.batches)
+    generator = Generator().manual_seed(seed)
+    chosen = torch.randperm(len(images), generator=generator)[: round(strength * len(images))]
+    images = images.clone()
+    images[chosen] += 0.4 * torch.randn(images[chosen].shape, generator=generator)
+    return Case(case.model, list(torch.split(images, 20)))
+
+
+def _blurred(case: Case, strength: float, seed: int) -> Case:
+    """Every variance held is multiplied, as where dropout in front of a layer was on while it was estimated."""
+    for site in find_sites(case.model):
+        held = site.statistics() if site.kind == "batch" else None
+        if held is not None:
+            site.write_(Moments(1e9, held.mean, held.var * strength))
+    return case
+
+
+class Plant(NamedTuple):
+    """A fault, the rule that should find it, and strengths from none at all on; from `sure` on every one must be found."""
+
+    make: Callable[[Case, float, int], Case]
+    rule: str
+    strengths: tuple[float, ...]
+    sure: float
+
+    @property
+    def certain(self) -> tuple[float, ...]:
+        """The strengths at which every one must be found."""
+        return self.strengths[self.strengths.index(self.sure) :]
+
+
+PLANTS: Mapping[str, Plant] = {
+    "means of a layer moved, sd": Plant(_shifted, "BN302", (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0), 0.4),
+    "every variance multiplied by": Plant(_blurred, "BN301", (1.0, 1.1, 1.2, 1.3, 1.5, 2.0), 1.3),
+    "images sorted, share": Plant(_sorted, "BN305", (0.0, 0.25, 0.5, 0.75, 1.0), 0.5),
+    "images under noise, share": Plant(_noisy, "BN306", (0.0, 0.05, 0.1, 0.2, 0.35, 0.5), 0.2),
+    "padded steps, share": Plant(_padding, "BN307", (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 0.2),
+    "updates before the stop": Plant(_updates, "BN308", (40.0, 28.0, 20.0, 15.0, 10.0, 5.0), 20.0),
+    "one batch of ten multiplied by": Plant(_outlier, "BN309", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 3.0),
+    "images in all": Plant(_few, "BN311", (128.0, 64.0, 32.0, 16.0, 8.0, 4.0), 4.0),
 }
-RULES = dict(zip(PLANTS, ("BN302", "BN305", "BN309", "BN308", "BN311", "BN307"), strict=True))
-PASSES = 4  # enough for each of them, and too few for the second looks that others want
-STRENGTHS: Mapping[str, tuple[float, ...]] = dict(
-    zip(
-        PLANTS,
-        (
-            (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0),
-            (0.0, 0.25, 0.5, 0.75, 1.0),
-            (1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-            (5.0, 10.0, 15.0, 20.0, 28.0, 40.0),
-            (8.0, 16.0, 32.0, 64.0, 128.0),
-            (0.0, 0.02, 0.05, 0.1, 0.2, 0.4),
-        ),
-        strict=True,
-    )
-)
+PASSES = 8  # enough for each of them, and too few for the looks that the others want
 
 
 def run(data: Path, plant: str, strength: float, seed: int) -> dict[str, float]:
     """Whether the rule found what was planted, the largest value it measured, and its limit; 0 and NaN where it was silent."""
     source = _source(data, seed)
-    case = PLANTS[plant](Case(_bed(data).model(), source.unlabelled(20)), strength, seed)
-    found = [f for f in diagnose(case.model, case.batches, passes=PASSES).findings if f.rule == RULES[plant]]
+    case = PLANTS[plant].make(Case(_bed(data).model(), source.unlabelled(20)), strength, seed)
+    found = [f for f in diagnose(case.model, case.batches, passes=PASSES).findings if f.rule == PLANTS[plant].rule]
     worst = max(found, key=lambda finding: finding.value, default=None)
     return {
         "found": float(worst is not None),

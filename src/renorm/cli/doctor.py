@@ -160,6 +160,7 @@ class Doctor(OnModel):
             screen.watched(dataset.batches, "looking") if dataset else None,
             Profile.load(self.source) if self.source else None,
             checkpoint=self.checkpoint or None,
+            domains=dataset.groups if dataset else None,
             passes=self.passes,
             **self.calling(),
         )
