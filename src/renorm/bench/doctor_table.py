@@ -64,23 +64,23 @@ def _targets(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     if planted := part("planted"):
         sure = [row for row in planted if row.cell["strength"] in PLANTS[row.cell["plant"]].certain]
         none = [row for row in planted if row.cell["strength"] == PLANTS[row.cell["plant"]].strengths[0]]
-        found, wrong = (sum(row.values["found"] for row in rows) for rows in (sure, none))
+        seen, heard = (sum(row.values["found"] for row in rows) for rows in (sure, none))
         lines += [
             (
                 "planted: all found from the strength in bold on",
                 f"{found:.0f} of {len(sure)}",
                 _verdict(found == len(sure)),
             ),
-            ("planted: nothing found where nothing is planted", f"{wrong:.0f} of {len(none)}", _verdict(not wrong)),
+            ("planted: nothing found where nothing is planted", f"{heard:.0f} of {len(none)}", _verdict(not heard)),
         ]
     if threads := part("thread"):
         good = sum(bool(row.values["named"]) and row.values["after"] < row.values["before"] for row in threads)
         text = f"{good} of {len(threads)} ({len({row.cell['thread'] for row in threads})} threads)"
         lines.append(("rebuilt threads: cause named first, and mended", text, _verdict(good == len(threads))))
     if real := [row for row in part("real") if row.values["error"] - row.values["home"] >= COSTS]:
-        seen = sum(bool(row.values["error said"] or row.values["warning said"]) for row in real)
-        text = f"{seen} of {len(real)}"
-        lines.append((f"real shifts that cost ≥ {COSTS:.0f} points: something said", text, _verdict(seen == len(real))))
+        told = sum(bool(row.values["error said"] or row.values["warning said"]) for row in real)
+        text = f"{told} of {len(real)}"
+        lines.append((f"real shifts that cost ≥ {COSTS:.0f} points: something said", text, _verdict(told == len(real))))
     return lines
 
 
