@@ -29,7 +29,7 @@ ROOMS = (
     # model: nn.Module, no data
     *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches
-    *("calls", "files", "provenance", "observation", "observe"),
+    *("calls", "files", "provenance", "observation", "ranks", "observe"),
     *("evaluate", "verify", "trust", "checkpoints", "profile", "guard"),
     *(
         "methods",

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from renorm.profile import Profile
 
 __all__ = ["Diagnosis", "Mending", "diagnose", "diagnose_file", "mend_"]
+
+
+File = str | os.PathLike[str] | Mapping[str, Tensor]  # a checkpoint, or its tensors by name
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,9 +90,10 @@ def diagnose(
     batches: Iterable[Any] | None = None,
     source: Profile | None = None,
     *,
-    checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    checkpoint: File | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     domains: Sequence[Hashable] | None = None,
+    ranks: Sequence[File] | Literal["group"] | None = None,
     passes: float | None = None,
     forward: Forward | None = None,
     output: Output | None = None,
@@ -101,6 +105,7 @@ def diagnose(
 
     `checkpoint` is the file that the model was loaded from, or its tensors by name, for the rules that compare the two;
     `optimizer` the one that is to train it, or several, for the rules about its groups (`watch` sees the loop itself).
+    `ranks` are the checkpoints that other ranks of the same run saved; or "group", asked on every rank of a running one.
     `domains` names the domain (camera, hospital) of each sample, in the order of the batches, for the rule on mixtures.
     Without `batches` only the rules that need none run. A model without batch norm is healthy. The cheapest rules run
     first. One pass over the batches serves most; second looks run the first of them again, and a shift that may come of
@@ -116,21 +121,27 @@ def diagnose(
         raise UsageError(f"passes is the most passes over the batches that may be spent, 0 or more; got {passes!r}.")
     most = inf if passes is None else passes
     facts = Facts(
-        model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer), domains=domains, passes=most
+        *(model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer)),
+        domains=domains,
+        others=_others(ranks),
+        passes=most,
     )
     return _judged(facts)
 
 
-def diagnose_file(path: str | os.PathLike[str]) -> Diagnosis:
+def diagnose_file(path: str | os.PathLike[str], *, ranks: Sequence[File] | None = None) -> Diagnosis:
     """What the rules on state find in a checkpoint, an ONNX model or a `.pt2` program alone, without the model's code.
 
-    Nothing in the file is run or unpickled. No finding has a fix: there is no model to mend.
+    `ranks` are the files that other ranks of the same run saved. Nothing in a file is run or unpickled. No finding has a fix:
+    there is no model to mend.
     Raises UsageError for another suffix, CheckpointError for a file that cannot be read, MissingExtra for ONNX without onnx.
     """
     contents = read_contents(path)
     graph = contents.norms if contents.graph else None
     file = None if contents.graph else contents.state
-    found = _judged(Facts(skeleton(contents.norms), file=file, graph=graph, settings=contents.graph))
+    found = _judged(
+        Facts(skeleton(contents.norms), file=file, graph=graph, settings=contents.graph, others=_others(ranks))
+    )
     return replace(found, findings=tuple(replace(f, fix_=None) for f in found.findings), notes=contents.notes)
 
 
@@ -228,7 +239,15 @@ def mend_(model: nn.Module, findings: Iterable[Finding]) -> Mending:
     return Mending(mended, tuple(undos))
 
 
-def _tensors(checkpoint: str | os.PathLike[str] | Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+def _others(ranks: Sequence[File] | Literal["group"] | None) -> list[dict[str, Tensor]] | Literal["group"] | None:
+    if ranks is None or ranks == "group":
+        return ranks
+    if isinstance(ranks, str):
+        raise UsageError(f'ranks is a list of checkpoints, or "group"; got {ranks!r}.')
+    return [tensors for file in ranks if (tensors := _tensors(file)) is not None]
+
+
+def _tensors(checkpoint: File | None) -> dict[str, Tensor] | None:
     if checkpoint is None:
         return None
     if isinstance(checkpoint, Mapping):

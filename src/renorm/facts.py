@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, islice
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +25,7 @@ from renorm.mixture import Mixture, mixtures
 from renorm.moments import Moments, Observed
 from renorm.observation import Observation
 from renorm.observe import finish, observing, sites_to_observe
+from renorm.ranks import of_files, of_group
 from renorm.second_look import (
     Gap,
     Padding,
@@ -66,6 +67,9 @@ class Facts:
     graph: tuple[Stored, ...] | None = None  # the batch norms of an exported file, which `model` is then made of
     settings: bool = True  # whether eps and momentum are the model's: a file of weights does not say
     domains: Sequence[Hashable] | None = None  # the domain of each sample, in the order of the batches
+    others: Sequence[Mapping[str, Tensor]] | Literal["group"] | None = (
+        None  # checkpoints of other ranks, or the ranks here
+    )
     passes: float = inf  # the most passes over the batches that may be spent
     _kept: dict[int, Any] = field(default_factory=dict, repr=False, init=False)
     _failed: dict[int, Exception] = field(default_factory=dict, repr=False, init=False)
@@ -107,6 +111,11 @@ class Facts:
         }
         lost = self.new if len(self.new) < len(self.held) or any(map(was_trained, self.batch)) else frozenset[str]()
         return frozenset(absent | impossible | lost)
+
+    @cached_property
+    def ranks(self) -> list[dict[str, Moments]]:
+        """What the batch norms of each rank hold: in a group in the order of the ranks, of checkpoints this model's first."""
+        return of_group(self.batch) if self.others == "group" else of_files(self.batch, self.others or ())
 
     @cached_property
     def thawing(self) -> tuple[Site, ...]:
@@ -178,7 +187,7 @@ class Facts:
         _ = self.observed
         earlier: list[Mapping[str, Observed]] = [{}, *self._parts[:-1]]
         return [
-            {name: _less(total[name], before.get(name)) for name in total if total[name] is not before.get(name)}
+            {n: seen.without(before.get(n)) for n, seen in total.items() if seen is not before.get(n)}
             for before, total in zip(earlier, self._parts, strict=True)
         ]
 
@@ -309,6 +318,8 @@ class Facts:
             return getattr(self, fact) is not None
         if fact == "settings":
             return self.settings
+        if fact == "ranks":
+            return self.others is not None
         if fact == "optimizers":
             return bool(self.optimizers)
         if fact == "calls" and self.loop is not None:
@@ -379,18 +390,3 @@ def was_trained(site: Site) -> bool:
         return False
     tensors = (getattr(site.module, name, None) for name in ("weight", "bias"))
     return any(isinstance(t, Tensor) and t.numel() > 1 and bool((t != t.flatten()[0]).any()) for t in tensors)
-
-
-def _less(total: Observed, before: Observed | None) -> Observed:
-    """What is left of `total` without `before`: the inverse of `merge`, up to rounding."""
-    if before is None:
-        return total
-    return Observed(*(_moments_less(t, b) for t, b in zip(total, before, strict=True)))
-
-
-def _moments_less(total: Moments, before: Moments) -> Moments:
-    count = total.count - before.count
-    mean = (total.mean * total.count - before.mean * before.count) / count
-    share = count / total.count
-    spread = total.var - (1 - share) * before.var - share * (1 - share) * (mean - before.mean).square()
-    return Moments(count, mean, (spread / share).clamp_min(0))

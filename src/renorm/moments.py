@@ -103,6 +103,14 @@ class Moments:
             var = var + share * (1 - share) * gap.square()
         return Moments(count, (1 - share) * self.mean + share * other.mean, var)
 
+    def without(self, part: Moments) -> Moments:
+        """What is left when the values of `part`, which are among these, are taken away: `merge` undone, up to rounding."""
+        count = self.count - part.count
+        mean = (self.mean * self.count - part.mean * part.count) / count
+        share = count / self.count
+        spread = self.var - (1 - share) * part.var - share * (1 - share) * (mean - part.mean).square()
+        return Moments(count, mean, (spread / share).clamp_min(0))
+
     def to(self, device: torch.device | str) -> Moments:
         """The same moments on another device."""
         return Moments(self.count, self.mean.to(device), self.var.to(device))
@@ -122,6 +130,10 @@ class Observed(NamedTuple):
     def merge(self, other: Observed) -> Observed:
         """What both passes measured together."""
         return Observed(self.values.merge(other.values), self.images.merge(other.images))
+
+    def without(self, part: Observed | None) -> Observed:
+        """What is left without `part`, up to rounding; everything where that is None."""
+        return self if part is None else Observed(self.values.without(part.values), self.images.without(part.images))
 
     def standard_error(self, var: Tensor) -> Tensor:
         """Standard error of the mean in units of the standard deviation `sqrt(var)`, with images as the independent samples.

@@ -16,6 +16,7 @@ from renorm.calls import Caller, Forward, Output, nonempty, uncompiled
 from renorm.errors import BatchError, UsageError
 from renorm.moments import Moments, Observed
 from renorm.observation import Observation, Under
+from renorm.ranks import exchange, world
 from renorm.sites import Site, Slotted, find_sites, select, unwrap
 from renorm.state import evaluating, preserving
 
@@ -81,7 +82,7 @@ def observing(
     held = [(t, t.detach().clone()) for site in sites for t in site.tensors or ()] if under == "batch" else []
     samples = functional = 0
     with preserving(model), evaluating(model), visiting(model, sites, visit):
-        for index, batch in nonempty(batches, asked="observe", required=_ranks() == 1):
+        for index, batch in nonempty(batches, asked="observe", required=world() == 1):
             before = dict(seen)
             try:
                 with _FunctionalCalls(sites) if index == 0 else ExitStack() as watch:
@@ -131,7 +132,7 @@ def finish(
                     break
         except BaseException as error:
             failure = error
-    if _ranks() > 1:
+    if world() > 1:
         _raise_together(failure)
         seen = _pooled(seen, sites)
     elif failure is not None:
@@ -239,23 +240,9 @@ def present(x: Tensor, mask: Any, *, axis: int = 1) -> Tensor:
     return chosen.reshape(len(chosen), *[1] * (axis - 1), x.shape[axis])
 
 
-def _ranks() -> int:
-    dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _meeting_place() -> torch.device:
-    """Where this process group exchanges tensors."""
-    if torch.distributed.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
 def _raise_together(failure: BaseException | None) -> None:
     """Raise on every rank when one failed: the others would wait for it in the next exchange until it times out."""
-    failed = torch.tensor([float(failure is not None)], device=_meeting_place())
-    ranks = [torch.empty_like(failed) for _ in range(_ranks())]
-    torch.distributed.all_gather(ranks, failed)
+    ranks = exchange(torch.tensor([float(failure is not None)]))
     if failure is not None:
         raise failure
     others = [str(rank) for rank, flag in enumerate(ranks) if float(flag)]
@@ -274,9 +261,7 @@ def _pooled(seen: Observation, sites: Sequence[Site]) -> Observation:
                 if m
                 else [torch.zeros(1 + 2 * size)]
             )
-    mine = torch.cat([part.to(torch.float64) for part in flat]).to(_meeting_place())
-    ranks = [torch.empty_like(mine) for _ in range(_ranks())]
-    torch.distributed.all_gather(ranks, mine)
+    ranks = exchange(torch.cat([part.to(torch.float64) for part in flat]))
 
     merged: dict[str, Observed] = {}
     for rank in (r.cpu() for r in ranks):

@@ -68,8 +68,8 @@ def _targets(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
         lines += [
             (
                 "planted: all found from the strength in bold on",
-                f"{found:.0f} of {len(sure)}",
-                _verdict(found == len(sure)),
+                f"{seen:.0f} of {len(sure)}",
+                _verdict(seen == len(sure)),
             ),
             ("planted: nothing found where nothing is planted", f"{heard:.0f} of {len(none)}", _verdict(not heard)),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from glob import glob
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from renorm.cli.base import argument, option
@@ -39,6 +40,7 @@ class Doctor(OnModel):
     model: str = argument(f"{MODEL}; or a .onnx, .pt2 or weights file", required=False)
     data: str = argument(f"{DATA}; no labels needed", required=False)
     source: str = option("", "a profile of the source, made by renorm profile", metavar="FILE")
+    ranks: str = option("", "checkpoints of the other ranks of the same run: 'run/rank*.pt'", metavar="PATTERN")
     passes: float | None = option(None, "the most passes over DATA to spend; what takes more is not asked, and said")
     top: int = option(10, "how many batch norms to list")
     fix: bool = option(False, "mend what can be mended, and write the weights to OUT")
@@ -83,7 +85,7 @@ class Doctor(OnModel):
 
         before = read_baseline(self.baseline) if self.baseline else None
         sort_out((), ignore=self.ignore)
-        diagnosis = diagnose_file(self.file)
+        diagnosis = diagnose_file(self.file, ranks=self._ranks())
         known = sort_out(diagnosis.findings, ignore=self.ignore, baseline=before)
         origin = self.origin(checkpoint=sha256(self.file)) if self.keeps else {}
         return self._report(diagnosis, known, self.file, notes=diagnosis.notes, origin=origin)
@@ -161,9 +163,16 @@ class Doctor(OnModel):
             Profile.load(self.source) if self.source else None,
             checkpoint=self.checkpoint or None,
             domains=dataset.groups if dataset else None,
+            ranks=self._ranks(),
             passes=self.passes,
             **self.calling(),
         )
+
+    def _ranks(self) -> list[str] | None:
+        found = sorted(glob(self.ranks))
+        if self.ranks and not found:
+            raise UsageError(f"--ranks {self.ranks} names no file. Quote the pattern, and look where it leads.")
+        return found or None
 
     def _mend(
         self, model: Model, findings: tuple[Finding, ...], origin: str, dataset: Dataset | None
