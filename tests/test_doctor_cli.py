@@ -120,3 +120,28 @@ def test_sarif(sick: Path, renorm: Run) -> None:
         (location,) = result["locations"]
         assert location["logicalLocations"][0]["fullyQualifiedName"].startswith("sick.py:poisoned::")
     assert json.loads(renorm("doctor nets.py:net --format sarif").out)["runs"][0]["results"] == []
+
+
+def test_the_ranks_of_a_run_are_compared_by_their_files(sick: Path, renorm: Run) -> None:
+    import nets  # type: ignore[import-not-found]
+    import torch
+
+    state = nets.net().state_dict()
+    for rank, offset in enumerate((0.0, 5.0)):
+        moved = {n: t + offset if n == "1.running_mean" else t for n, t in state.items()}
+        torch.save(moved, sick / f"rank{rank}.pt")
+    ran = renorm("doctor --checkpoint rank0.pt --ranks rank*.pt --format json")
+    assert [f["rule"] for f in ran.json["result"]["findings"] if f["rule"] == "BN204"] == ["BN204"]
+    ran = renorm(
+        "doctor nets.py:net --checkpoint rank0.pt --ranks rank1.pt --fix -o pooled.pt --format json --fail-on error"
+    )
+    assert {"rule": "BN204", "site": "1"} in ran.json["result"]["mended"]
+    pooled = read_weights(sick / "pooled.pt").state["1.running_mean"]
+    assert torch.allclose(pooled, state["1.running_mean"] + 2.5)
+    refused(renorm("doctor nets.py:net --ranks none*.pt"), "names no file")
+
+
+def test_passes_are_kept_to_and_what_is_left_out_is_said(sick: Path, renorm: Run) -> None:
+    ran = renorm("doctor nets.py:net near.npz --passes 1 --fail-on never --format json")
+    assert {"BN301", "BN310"} <= set(ran.json["result"]["skipped"])
+    assert "more than 1 passes" in renorm("doctor nets.py:net near.npz --passes 1 --fail-on never").out

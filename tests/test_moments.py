@@ -64,6 +64,12 @@ def test_every_rank_is_measured_as_its_twin_does(shape: tuple[int, ...]) -> None
     assert got.mean.dtype == got.var.dtype == torch.float64
 
 
+@given(seeds, seeds)
+def test_what_was_merged_can_be_taken_away(a: int, b: int) -> None:
+    one, other = some(a), some(b)
+    close(one.merge(other).without(other), one, 1e-6)
+
+
 @pytest.mark.parametrize("axis", [1, -1, 2, 0])
 def test_channels_may_lie_on_any_axis(axis: int) -> None:
     x = np.random.default_rng(2).normal(size=(5, 4, 3))

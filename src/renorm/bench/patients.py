@@ -149,6 +149,11 @@ def _old_statistics(model: nn.Module) -> dict[str, Any]:
     return {"checkpoint": {n: t + 1 if "running" in n else t for n, t in model.state_dict().items()}}
 
 
+def _two_ranks(model: nn.Module) -> dict[str, Any]:
+    other = {n: t + 1 if n.endswith("running_mean") else t for n, t in model.state_dict().items()}
+    return {"ranks": [other]}
+
+
 def _compiled(model: nn.Module) -> None:
     model.compile()
     _norms(model)[-1].momentum = None
@@ -173,6 +178,7 @@ DISEASES: Mapping[str, Disease] = {
     "file without statistics": Disease("BN201", lambda model: None, given=_without_statistics),
     "fractional counter": Disease("BN202", _counts_by_halves),
     "weights merged, statistics not": Disease("BN203", lambda model: None, given=_old_weights),
+    "another rank on other data": Disease("BN204", lambda model: None, given=_two_ranks),
     "frozen, yet moved": Disease(
         "BN205", lambda m: [n.requires_grad_(False) for n in _norms(m)], given=_old_statistics
     ),

@@ -20,10 +20,11 @@ __all__ = ["PLANTS", "Plant", "run"]
 
 
 class Case(NamedTuple):
-    """A model and batches."""
+    """A model and batches, and the checkpoints of other ranks where there are any."""
 
     model: nn.Module
     batches: list[Tensor]
+    ranks: list[dict[str, Tensor]] | None = None
 
 
 def _shifted(case: Case, strength: float, seed: int) -> Case:
@@ -102,6 +103,16 @@ def _blurred(case: Case, strength: float, seed: int) -> Case:
     return case
 
 
+def _ranks(case: Case, strength: float, seed: int) -> Case:
+    """Another rank whose means lie so many sd away, up or down by chance."""
+    generator = Generator().manual_seed(seed)
+    other = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    for name in [name for name in other if name.endswith("running_mean")]:
+        sd = other[name.replace("mean", "var")].sqrt()
+        other[name] += strength * sd * (torch.randint(0, 2, sd.shape, generator=generator) * 2 - 1)
+    return case._replace(ranks=[other])
+
+
 class Plant(NamedTuple):
     """A fault, the rule that should find it, and strengths from none at all on; from `sure` on every one must be found."""
 
@@ -117,6 +128,7 @@ class Plant(NamedTuple):
 
 
 PLANTS: Mapping[str, Plant] = {
+    "means of two ranks apart by, sd": Plant(_ranks, "BN204", (0.0, 0.1, 0.2, 0.3, 0.5), 0.3),
     "means of a layer moved, sd": Plant(_shifted, "BN302", (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0), 0.4),
     "every variance multiplied by": Plant(_blurred, "BN301", (1.0, 1.1, 1.2, 1.3, 1.5, 2.0), 1.3),
     "images sorted, share": Plant(_sorted, "BN305", (0.0, 0.25, 0.5, 0.75, 1.0), 0.5),
@@ -133,7 +145,8 @@ def run(data: Path, plant: str, strength: float, seed: int) -> dict[str, float]:
     """Whether the rule found what was planted, the largest value it measured, and its limit; 0 and NaN where it was silent."""
     source = _source(data, seed)
     case = PLANTS[plant].make(Case(_bed(data).model(), source.unlabelled(20)), strength, seed)
-    found = [f for f in diagnose(case.model, case.batches, passes=PASSES).findings if f.rule == PLANTS[plant].rule]
+    diagnosis = diagnose(case.model, case.batches, ranks=case.ranks, passes=PASSES)
+    found = [f for f in diagnosis.findings if f.rule == PLANTS[plant].rule]
     worst = max(found, key=lambda finding: finding.value, default=None)
     return {
         "found": float(worst is not None),

@@ -20,7 +20,7 @@ class RanksDisagree(Rule):
 
     Each rank's plain batch norm sees its own share of the data, and a checkpoint holds what one of them saw. Asked with
     `diagnose(ranks=…)`: the checkpoints of other ranks, or "group" on every rank of a running group. The fix writes what all
-    ranks hold together: the mean of their means, their variances and the variance between them.
+    ranks hold together, at every layer: the mean of their means, their variances and the variance between them.
     """
 
     id: ClassVar[str] = "BN204"
@@ -41,8 +41,10 @@ class RanksDisagree(Rule):
             every = merge_all(parts.values())
             distances = {r: Shift.between(every, part, eps=site.eps).layer.wasserstein2 for r, part in parts.items()}
             rank = max(distances, key=lambda r: distances[r])
+            if isfinite(distances[rank]):
+                pooled[site.name] = every
             if isfinite(distances[rank]) and distances[rank] > self.limit:
-                pooled[site.name], far[site.name] = every, (distances[rank], rank)
+                far[site.name] = (distances[rank], rank)
         fix_ = writing(pooled, label="pooling the ranks")
         for name, (value, rank) in far.items():
             yield Finding(
