@@ -279,13 +279,60 @@ def test_fixes_leave_out_what_could_not_be_run() -> None:
     assert diagnose(model, [images(50)]).healthy
 
 
-def test_a_scripted_module_is_refused_with_the_way_out() -> None:
+def scripted() -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scripted = torch.jit.trace(trained(), images(2))
-    for model in (scripted, nn.Sequential(scripted)):
-        with pytest.raises(UsageError, match="renorm doctor --checkpoint"):
-            diagnose(model)
+        made: torch.jit.ScriptModule = torch.jit.trace(trained(), images(2))
+    return made
+
+
+def test_a_scripted_model_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UsageError, match="renorm doctor --checkpoint"):
+        diagnose(scripted())
+
+
+def test_a_scripted_part_is_told_and_the_rest_is_looked_at() -> None:
+    model = nn.Sequential(scripted(), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)).eval()
+    model[2].running_var[1] = -1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for batches in (None, [images(50), images(50, seed=2)]):
+        found = diagnose(model, batches)
+        assert [f.site for f in found.findings if f.rule == "BN108"] == ["2"]
+        assert found.notes == ("scripted or traced, so that nothing can be watched inside: 0",)
+        assert found.unvisited == ()
+    assert not any(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model[1:])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+class Two(nn.Module):
+    """Takes two inputs, or an input and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = trained(), trained()
+
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        both: Tensor = self.left(x) * scale + self.right(y)
+        return both.mean((2, 3))
+
+
+def test_several_inputs_are_passed_by_place_or_by_name_even_where_a_name_is_that_of_labels() -> None:
+    x, y, labels = images(50), images(50, seed=2), torch.arange(50) % 4
+    for batch in (((x, y), labels), {"x": x, "y": y, "labels": labels}, [[x, y], labels]):
+        found = diagnose(Two().eval(), [batch])
+        assert set(found.distances) == {"left.1", "left.4", "right.1", "right.4"}
+        assert found.healthy
+
+
+def test_a_model_that_needs_arguments_says_how_to_give_them() -> None:
+    model = Two().eval()
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'y'") as caught:
+        diagnose(model, [images(50)])
+    assert "forward=lambda model, batch" in caught.value.__notes__[-1]
+    assert diagnose(model, [images(50)], forward=lambda m, batch: m(batch, batch, 2.0)).samples == 50
+    assert diagnose(model).healthy  # the model alone needs none
 
 
 def test_a_quantised_model_is_looked_at() -> None:

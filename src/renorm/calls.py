@@ -84,6 +84,10 @@ class Caller:
                 output = self.forward(model, moved) if self.forward else model(*moved[0], **moved[1])
         except Exception as error:
             error.add_note(f"renorm: the model met this in batch {index}, whose inputs are {_shapes(moved)}.")
+            if isinstance(error, TypeError) and "argument" in str(error) and self.forward is None:
+                error.add_note(
+                    "renorm: where it takes other arguments, say how to call it: forward=lambda model, batch: …"
+                )
             raise
         return Result(output, self.find(output), call.labels, call.samples)
 
@@ -128,9 +132,9 @@ def read(batch: Any, *, model: nn.Module | None = None) -> Call:
     """Take one batch apart: a tensor, a tuple or list (inputs first, labels second), a dict, a dataclass or another object.
 
     Labels ride as the second element or under `labels`, `target` and the like, and are kept out of the call. A dict's other
-    entries become keyword arguments; with `model` given, those its `forward` does not accept are left out, and a single
-    tensor under a name it does not know is passed by position. Inputs that are a tuple are passed as several arguments where
-    `forward` takes so many.
+    entries become keyword arguments; with `model` given, those its `forward` does not accept are left out, what it requires is
+    an input whatever its name, and a single tensor under a name it does not know is passed by position. Inputs that are a tuple
+    are passed as several arguments where `forward` takes so many.
     Raises BatchError where no tensor can be found to pass.
     """
     if _is_array(batch):
@@ -150,7 +154,10 @@ def read(batch: Any, *, model: nn.Module | None = None) -> Call:
         inputs, labels = batch, getattr(batch, name) if name else None
 
     if isinstance(inputs, dict):
-        found = [inputs.pop(name) for name in LABELS if name in inputs]
+        needed = {
+            p.name for p in _parameters(model) or () if p.default is p.empty
+        }  # then it is an input, whatever its name
+        found = [inputs.pop(name) for name in LABELS if name in inputs and name not in needed]
         args, kwargs = _fit_keywords(inputs, model)
         labels = found[0] if found else labels
     else:

@@ -112,8 +112,8 @@ def diagnose(
     wrong preprocessing is looked into with up to 32 runs more. `passes` is the most that may be spent, in passes over the
     batches; the rules that would take more are told in `skipped`.
     A batch that the model cannot run is left out and told in `notes`; where it can run none, the first failure is raised.
-    Raises BatchError for batches that cannot be used, CheckpointError for a file that cannot be read, UsageError for a
-    scripted module, or `passes` below 0.
+    A scripted or traced part is looked at as far as its tensors tell. Raises BatchError for batches that cannot be used,
+    CheckpointError for a file that cannot be read, UsageError for a model that is scripted itself, or `passes` below 0.
     """
     _refuse_scripted(model)
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
@@ -163,10 +163,16 @@ def _judged(facts: Facts) -> Diagnosis:
         findings=worst_first(findings),
         shifts=facts.shifts if seen else {},
         distances=dict(sorted(facts.distances.items(), key=lambda item: -item[1])) if seen else {},
-        unvisited=facts.observed.unvisited if seen else (),
+        unvisited=tuple(n for n in facts.observed.unvisited if n in {site.name for site in facts.batch})
+        if seen
+        else (),
         sites=facts.sites,
         samples=facts.observed.samples if seen else 0,
-        notes=(*_over(left, facts.passes), *starmap(_left_out, facts.failed.items() if seen else ())),
+        notes=(
+            *_scripted(facts.model),
+            *_over(left, facts.passes),
+            *starmap(_left_out, facts.failed.items() if seen else ()),
+        ),
         skipped=tuple(skipped),
         kind=found,
         estimate=estimated,
@@ -203,13 +209,21 @@ def _left_out(index: int, error: Exception) -> str:
 
 
 def _refuse_scripted(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UsageError(
-                f"the doctor looks into Python modules, and {name or 'the model itself'!r} is a scripted or traced one; give "
-                "the module that it was made from, or look at its weights alone: torch.save(model.state_dict(), 'w.pt') and "
-                "renorm doctor --checkpoint w.pt."
-            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            "the doctor looks into Python modules, and the model itself is a scripted or traced one; give the module that it "
+            "was made from, or look at its weights alone: torch.save(model.state_dict(), 'w.pt') and "
+            "renorm doctor --checkpoint w.pt."
+        )
+
+
+def _scripted(model: nn.Module) -> tuple[str, ...]:
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    if not outer:
+        return ()
+    what = listed(outer)
+    return (say("scripted or traced, so that nothing can be watched inside: {what}", what=what),)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.optim import Optimizer
 
 from renorm.accuracy import FEWEST, Accuracy, Home, Look, estimate, look, mean_moved, signals
@@ -77,8 +78,8 @@ class Facts:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Every norm layer, of any kind."""
-        return tuple(find_sites(self.model))
+        """Every norm layer, of any kind; scripted ones, which cannot be looked into, are left out."""
+        return tuple(site for site in find_sites(self.model) if not isinstance(site.module, ScriptModule))
 
     @cached_property
     def batch(self) -> tuple[Site, ...]:

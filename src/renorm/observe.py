@@ -158,7 +158,8 @@ def visiting(model: nn.Module, sites: Iterable[Site], visit: Callable[[Site, Ten
 
     In evaluation the layer then normalises by the statistics it holds, so that a visit that lets it hold others
     (`Site.normalise_by_`) decides what normalises. A tensor that the visit returns is normalised in place of `x`, except
-    at slots and where a mask says what is present, which take none. Compiled parts run eagerly inside; no hook stays behind.
+    at slots and where a mask says what is present, which take none. Compiled parts run eagerly inside, scripted ones are not
+    seen into; no hook stays behind.
     """
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
@@ -166,7 +167,7 @@ def visiting(model: nn.Module, sites: Iterable[Site], visit: Callable[[Site, Ten
         for site in sites:
             if site.slot is not None:
                 slotted.setdefault(site.module, {})[site.slot] = site
-            else:
+            elif not isinstance(site.module, torch.jit.ScriptModule):  # which takes no hook: nothing is seen there
                 stack.callback(site.module.register_forward_pre_hook(_hook(site, visit), with_kwargs=True).remove)
         for module, places in slotted.items():
             assert isinstance(module, Slotted)
