@@ -31,6 +31,7 @@ class Step:
     believed    whether the answers are the adapted model's, else the source's
     weight      the target's mean share in what normalised
     moved       how far the target lay from the source at the first sites, as `Shift.moved`; NaN where the method is blind to it
+    drift       the same at every site that the method measures, by name
     evidence    what the guard has for the adapted model against the source, in [−1, 1]; NaN without a guard
     confidence  mean largest probability on judged samples: adapted, source; NaN before any
     action      "", "back" (to the last good state) or "anew" (from the source), and `why`
@@ -42,6 +43,7 @@ class Step:
     believed: bool
     weight: float
     moved: float
+    drift: Mapping[str, float]
     evidence: float
     confidence: tuple[float, float]
     action: str
@@ -229,20 +231,27 @@ class Stream:
             self._running.settle()
 
     def _adapted(self, batch: Any, samples: int, *, learn: bool) -> tuple[Tensor, Tensor]:
+        running = self._running
+        with visiting(self._subject.model, self._subject.sites, running.visit):
+            running.begin(samples, batch, learn=learn)
+            rows, logits = self._scored(batch)
+            while learn and running.again(rows.detach()):
+                rows, logits = self._scored(batch)
+        answer = running.answer(rows)
+        return rows, logits if answer is rows else shaped(answer, rows, logits)
+
+    def _scored(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Rows of class scores, and the logits as the model gives them."""
         subject = self._subject
-        with visiting(subject.model, subject.sites, self._running.visit):
-            self._running.begin(samples, batch, learn=learn)
-            result = subject.caller.run(subject.model, batch, index=self._steps)
-            logits = subject.caller.logits(result, asked="adapt_")
-            rows = rows_of(logits, result.samples)
-        known = subject.source
+        result = subject.caller.run(subject.model, batch, index=self._steps)
+        logits = subject.caller.logits(result, asked="adapt_")
+        rows, known = rows_of(logits, result.samples), subject.source
         if known is not None and rows.shape[1] != len(known.counts):
             raise UsageError(
                 f"the profile has {len(known.counts)} classes and the model gives logits of {rows.shape[1]}; "
                 "make a profile of this model: renorm.profile(model, source_batches)."
             )
-        answer = self._running.answer(rows)
-        return rows, logits if answer is rows else shaped(answer, rows, logits)
+        return rows, logits
 
     def _by_source(self, batch: Any) -> Tensor:
         """The source's own logits; the model is afterwards what it was."""
@@ -277,6 +286,7 @@ class Stream:
                 believed=verdict.believed,
                 weight=self._running.target_weight,
                 moved=self._running.moved,
+                drift=dict(self._running.drift),
                 evidence=verdict.evidence,
                 confidence=self._watch.confidence if self._watch is not None else (nan, nan),
                 action=verdict.action,

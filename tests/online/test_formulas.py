@@ -16,9 +16,9 @@ from renorm.moments import Moments
 from renorm.online.base import as_if, glance, packed, rows_of, source_units, unpacked
 from renorm.online.hybrid import least
 from renorm.online.kinds.descent import by_batch
+from renorm.online.kinds.mixes import Tally, apart, at_home, class_by_class, moved, variety
 from renorm.online.lame import adjusted
 from renorm.online.roid import soft_likelihood_ratio
-from renorm.online.shrink import Tally, at_home, moved
 from renorm.online.tbr import renormalised
 from renorm.online.unmix import unmixed
 from renorm.profile import profile
@@ -289,10 +289,127 @@ def test_shrinks_first_batch_by_its_formula() -> None:
     t, v, eps = (b_mean - mean) / np.sqrt(var), b_var / var, EPS / var
     far = np.minimum(t**2 / (1 + eps) + (0.5 * np.log((v + eps) / (1 + eps))) ** 2, 4).mean()
     images = 0.3 * 32
-    weight = 0.75 * far / (0.03 + far) * images / (images + 16)
+    weight = 0.75 * far / (0.03 + far) * images / (images + 4)
     blend = mean + weight * t * np.sqrt(var), var * (1 - weight + weight * v)
     near(stream(x), slow.normalised(x.double().numpy(), *blend, EPS)[:, :, 0, 0], 1e-4)
     assert stream.log[-1].weight == pytest.approx(weight, rel=1e-5)
+
+
+def some_classes(k: int = 4, c: int = 3) -> tuple[Any, ...]:
+    """A tally, the source's moments at some mix, its classes', a mix, and eps."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64) + 0.3
+
+    n = 10 * draw(k)
+    first = n[:, None] * (draw(k, c) - 0.8)
+    second = n[:, None] * draw(k, c) + first.square() / n[:, None]
+    there, classes, prior = (draw(c) - 0.8, draw(c)), (draw(k, c) - 0.8, draw(k, c)), draw(k)
+    return Tally(n, first, second), there, classes, prior / prior.sum(), 1e-3 * draw(c)
+
+
+def test_class_by_class_is_its_formula() -> None:
+    tally, there, classes, prior, eps = some_classes()
+    own = torch.tensor([0.0, 0.3, 1.0, 0.8], dtype=torch.float64)
+    wanted = slow.class_by_class(
+        *(part.numpy() for part in tally),
+        there=tuple(part.numpy() for part in there),
+        classes=tuple(part.numpy() for part in classes),
+        prior=prior.numpy(),
+        own=own.numpy(),
+        eps=eps.numpy(),
+    )
+    found = class_by_class(tally, there, classes, prior, own, eps=eps)
+    near(found[0], wanted[0], 1e-10)
+    near(found[1], wanted[1], 1e-10)
+
+
+def test_class_by_class_without_a_class_of_its_own_is_equal_mix() -> None:
+    tally, there, classes, prior, eps = some_classes()
+    mean = prior @ classes[0]
+    home = mean, prior @ (classes[1] + classes[0].square()) - mean.square()
+    found = class_by_class(tally, there, classes, prior, torch.zeros(4).double(), eps=eps)
+    wanted = at_home(*tally.pooled(), there, home, eps=eps)
+    near(found[0], wanted[0], 1e-10)
+    near(found[1], wanted[1], 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        ((8, 8, 8, 8), 1.0),
+        ((32, 0, 0, 0), 0.0),
+        ((2, 1, 0, 0), 0.0),  # too few answers to show more than one class
+        ((16, 16, 0, 0), 1 / 3),
+        ((30, 2, 0, 0), (1 / (30**2 + 2**2) * 32**2 - 1) / 3),
+    ],
+)
+def test_variety_counts_classes_against_those_that_could_show(chosen: tuple[int, ...], wanted: float) -> None:
+    assert variety(torch.tensor(chosen).double()) == pytest.approx(wanted)
+
+
+def test_apart_is_total_variation() -> None:
+    assert apart(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == 1
+    assert apart(torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.3])) == pytest.approx(0.2)
+
+
+class Signs(nn.Module):
+    """Two classes, by whether two inputs have the same sign: the first norm layer cannot tell them, the second does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.product = nn.BatchNorm1d(2, eps=EPS), nn.BatchNorm1d(1, eps=EPS)
+        self.between = nn.Sequential(*(nn.BatchNorm1d(2, eps=EPS) for _ in range(4)))
+        self.looks = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.looks += 1
+        score = self.product(self.between(self.inputs(x)).prod(1, keepdim=True))
+        return torch.cat([-5 * score, 5 * score], 1)
+
+
+def signs(labels: Tensor) -> Tensor:
+    size = 1 + 0.1 * torch.randn(len(labels), 2)
+    first = (torch.arange(len(labels)) // 2 % 2 * 2 - 1).float()  # independent of the class
+    return size * torch.stack([first, first * (2 * labels - 1)], 1)
+
+
+def trained() -> tuple[Signs, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model, labels = Signs(), torch.arange(400) % 2
+    source = [(signs(labels), labels)]
+    for bn in (model.inputs, *model.between, model.product):
+        bn.momentum = 1.0
+    with torch.no_grad():
+        model.train()(source[0][0])
+    return model.eval(), source
+
+
+ONE, BOTH = torch.zeros(64).long(), torch.arange(64) % 2
+
+
+@pytest.mark.parametrize(("profiled", "labels", "looks"), [(True, ONE, 2), (True, BOTH, 1), (False, ONE, 1)])
+def test_a_batch_of_another_mix_is_looked_at_twice_by_a_profile(profiled: bool, labels: Tensor, looks: int) -> None:
+    model, source = trained()
+    stream = adapt_(model, "shrink", source if profiled else None, guard=False)
+    model.looks = 0
+    answer = stream(signs(labels))
+    assert model.looks == looks
+    assert bool((answer.argmax(1) == labels).all())
+
+
+@pytest.mark.parametrize(("labels", "factor", "moves"), [(ONE, 1.0, False), (ONE, 3.0, True), (BOTH, 3.0, True)])
+def test_one_class_alone_is_not_taken_for_another_domain_by_later_sites(
+    labels: Tensor, factor: float, moves: bool
+) -> None:
+    model, _ = trained()
+    before = held(model.product)
+    stream = adapt_(model, "shrink", guard=False)
+    stream(factor * signs(labels))
+    after = held(model.product)
+    assert (abs(after[0] - before[0])[0] > 1e-3 or abs(after[1] / before[1] - 1)[0] > 1e-3) == moves
+    assert list(stream.log[-1].drift) == ["inputs", *(f"between.{k}" for k in range(4)), "product"]
 
 
 # ── with gradients ──

@@ -116,3 +116,30 @@ def even(samples: Array, first: Array, second: Array) -> tuple[Array, Array]:
             mean = mean + weights[g] / weights.sum() * first[g] / n
             second_moment = second_moment + weights[g] / weights.sum() * second[g] / n
     return mean, second_moment - mean**2
+
+
+def class_by_class(
+    n: Array,
+    first: Array,
+    second: Array,
+    there: tuple[Array, Array],
+    classes: tuple[Array, Array],
+    prior: Array,
+    own: Array,
+    eps: Array,
+) -> tuple[Array, Array]:
+    """Each class by its own moments and by the source's, moved as the whole has; mixed as `prior`. Shapes: (K,), (K, C)."""
+    channels = first.shape[1]
+    mean, var = np.empty(channels), np.empty(channels)
+    for c in range(channels):
+        t = first[:, c].sum() / n.sum()
+        tv = second[:, c].sum() / n.sum() - t**2
+        a = np.sqrt((tv + eps[c]) / (there[1][c] + eps[c]))
+        one, two = 0.0, 0.0
+        for k in range(len(n)):
+            m = t + a * (classes[0][k, c] - there[0][c])
+            q = a**2 * classes[1][k, c] + m**2
+            one += prior[k] * (own[k] * first[k, c] / n[k] + (1 - own[k]) * m)
+            two += prior[k] * (own[k] * second[k, c] / n[k] + (1 - own[k]) * q)
+        mean[c], var[c] = one, two - one**2
+    return mean, var

@@ -53,9 +53,9 @@ class Subject:
 class Running(ABC):
     """A method on its way through one stream: what it has learnt, and how the next batch is normalised.
 
-    The stream calls `begin`, runs the model once with `visit` at every site, and calls `finish` with the logits. What was
-    seen counts from `finish` on: a forward that fails has changed nothing but the statistics that layers were lent, which
-    `settle` puts right.
+    The stream calls `begin`, runs the model with `visit` at every site, once more where `again` asks for it, and calls
+    `finish` with the logits. What was seen counts from `finish` on: a forward that fails has changed nothing but the
+    statistics that layers were lent, which `settle` puts right.
     """
 
     trains: ClassVar[bool] = False  # whether the forward has to keep a graph
@@ -74,6 +74,13 @@ class Running(ABC):
     @abstractmethod
     def visit(self, site: Site, x: Tensor) -> Tensor | None:
         """Before a batch norm normalises `x`: lend it statistics, or give back what it should normalise in place of `x`."""
+
+    def again(self, logits: Tensor) -> bool:
+        """Whether the batch that is to be learnt from shall go through the model once more, now that these are its logits.
+
+        `visit` then comes again, as after `begin`. Shapes: logits (N, K).
+        """
+        return False
 
     def finish(self, logits: Tensor) -> None:
         """Learn from the batch. Shapes: logits (N, K), with a graph where the method `trains`."""
@@ -100,6 +107,11 @@ class Running(ABC):
         Later sites tell other classes from other domains less well.
         """
         return math.nan
+
+    @property
+    def drift(self) -> Mapping[str, float]:
+        """`moved` site by site, as far as the method knows it."""
+        return {}
 
     def state(self) -> State:
         """Everything learnt, as named tensors; `load` of it in a new stream goes on from there."""

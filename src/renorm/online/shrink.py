@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import mean, median
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,11 +24,14 @@ from renorm.online.base import (
     glance,
     source_units,
 )
+from renorm.online.kinds.mixes import Pair, Tally, apart, at_home, class_by_class, moved, variety
 from renorm.profile import Profile
 from renorm.sites import Site
 
 SUDDEN = 16  # images in a batch that say by themselves that another domain has begun
 GROUPED = 400_000  # numbers in all that moments kept apart by class may take: 1.6 MB at ResNet-50 would be too many
+FIRST = 0.05, 0.12  # `moved` at the first sites that a class mix can explain, and that only another domain can
+LATER = 0.05, 0.09  # the same as the median of the sites behind them, few of which tell classes apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +42,19 @@ class Shrink(Online):
     `Shift.moved`. What the target's moments are depends on what is known of its classes:
 
     with a profile   they are compared with the source's at the class mix that was predicted, and carried over to the source's
-                     own mix (`methods.equal_mix`); `gap` is the source's own, site by site
-    without          batches are booked under the classes predicted in them, and all classes that were seen count the same;
-                     with so many classes that this would take more than 0.4 million numbers, all count as one
+                     own mix (`methods.equal_mix`), class by class: of those that came often by what came, of others by what
+                     the source has and how far the whole moved. `gap` is the source's own, site by site. A batch of another
+                     mix than the last ones is looked at twice: for its mix, and with it
+    without          batches are booked under the classes predicted in them, and all classes that were seen count the same
+
+    With so many classes that keeping them apart would take more than 0.4 million numbers, all are booked as one. Where the
+    first sites show no other domain and few classes came (`variety`), later sites keep to the source: what they see may be
+    those few classes.
 
     floor    the source's share however many images came
     gap      the `moved` of data that did not shift, where no profile says
     images   target images that weigh as much as the doubt about their moments
+    own      images of a class that weigh as much as what a profile says of it
     now      how much the batch that is being normalised counts beside those before it
     recall   the share of the class mix of the recent past that is left after 64 images
     window   images after which what was seen counts 1/e: slow drift is followed at this pace
@@ -59,7 +69,8 @@ class Shrink(Online):
 
     floor: float = 0.25
     gap: float = 0.03
-    images: float = 16.0
+    images: float = 4.0
+    own: float = 32.0
     now: float = 0.3
     recall: float = 0.3
     window: float = 2000.0
@@ -69,42 +80,12 @@ class Shrink(Online):
 
     def __post_init__(self) -> None:
         check_share(self, "floor", "now", "recall")
-        check_positive(self, "gap", "images", "window", "change")
+        check_positive(self, "gap", "images", "own", "window", "change")
         if min(self.rows, self.every) < 1:
             raise UsageError(f"rows and every of shrink are 1 or more; got {self.rows!r} and {self.every!r}.")
 
     def start(self, subject: Subject) -> Running:
         return _Shrinking(subject, self)
-
-
-class Tally(NamedTuple):
-    """Sums over samples, by group of classes, of a site's moments in source units. Shapes: (G,), (G, C), (G, C)."""
-
-    samples: Tensor
-    first: Tensor
-    second: Tensor
-
-    def plus(self, count: Tensor, first: Tensor, second: Tensor) -> Tally:
-        """With samples of these moments more, `count` (G,) of each group."""
-        each = count[:, None]
-        return Tally(self.samples + count, self.first + each * first, self.second + each * second)
-
-    def times(self, share: float) -> Tally:
-        """Every sample counted `share`."""
-        return Tally(self.samples * share, self.first * share, self.second * share)
-
-    def even(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance with all groups that were seen counted the same, those of a single sample half. Shapes: (C,)."""
-        weights = self.samples / (self.samples + 1)
-        each = (weights / weights.sum().clamp_min(TINY) / self.samples.clamp_min(TINY))[:, None]
-        mean = (each * self.first).sum(0)
-        return mean, ((each * self.second).sum(0) - mean.square()).clamp_min(TINY)
-
-    def pooled(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of all samples alike. Shapes: (C,)."""
-        total = self.samples.sum().clamp_min(TINY)
-        mean = self.first.sum(0) / total
-        return mean, (self.second.sum(0) / total - mean.square()).clamp_min(TINY)
 
 
 class Lent(NamedTuple):
@@ -115,24 +96,32 @@ class Lent(NamedTuple):
     far: float
 
 
-def moved(mean: Tensor, var: Tensor, *, eps: Tensor) -> float:
-    """`Shift.moved` from the source, whose moments are 0 and 1, to these. Shapes: (C,), (C,), eps in the same unit (C,)."""
-    ratio = (var + eps) / (1 + eps)
-    return float((mean.square() / (1 + eps) + (0.5 * ratio.log()).square()).clamp_max(4).mean())
+class Counts(NamedTuple):
+    """What came so far, older samples counted less: how many, and by class. Shapes: (K,) each.
 
+    classes   sums of probabilities
+    chosen    answers
+    pure      sums of probabilities, less where a batch has less of a class than the source: those may be mistakes
+    """
 
-def at_home(
-    mean: Tensor,
-    var: Tensor,
-    there: tuple[Tensor, Tensor],
-    home: tuple[Tensor, Tensor],
-    *,
-    eps: Tensor,
-    widest: float = 30.0,
-) -> tuple[Tensor, Tensor]:
-    """`methods.equal_mix.equal_mix` in source units: the target's moments at the source's own class mix. Shapes: all (C,)."""
-    scale2 = ((var + eps) / (there[1] + eps)).clamp(widest**-2, widest**2)
-    return mean + scale2.sqrt() * (home[0] - there[0]), scale2 * home[1]
+    images: float = 0.0
+    classes: Tensor | None = None
+    chosen: Tensor | None = None
+    pure: Tensor | None = None
+
+    def plus(self, rows: Tensor, share: float, prior: Tensor | None) -> Counts:
+        """With a batch of these probabilities more, (N, K), and all before it counted `share`."""
+        mean, samples = rows.mean(0), len(rows)
+        chosen = torch.bincount(rows.argmax(1), minlength=rows.shape[1]).double()
+        pure = None if prior is None else samples * mean * (mean / prior.clamp_min(TINY)).clamp_max(1)
+        old = self.classes, self.chosen, self.pure
+        new = samples * mean, chosen, pure
+        kept = (b if a is None or b is None else share * a + b for a, b in zip(old, new, strict=True))
+        return Counts(share * self.images + samples, *kept)
+
+    def state(self) -> State:
+        """As named tensors, but for the number of images."""
+        return {key: value.clone() for key, value in self._asdict().items() if isinstance(value, Tensor)}
 
 
 class _Shrinking(Running):
@@ -147,10 +136,13 @@ class _Shrinking(Running):
         profile = subject.source
         self._profile: Profile | None = profile
         self._home = self._in_units(profile, profile.prior) if profile else {}
+        self._classwise = self._each_class(profile) if profile and len(profile.counts) <= self._most else {}
         self._there = self._home
         self._start_anew()
-        self._samples, self._learn, self._due, self._sudden = 0, True, True, False
-        self._now: dict[str, tuple[Tensor, Tensor]] = {}
+        self._samples, self._learn, self._due = 0, True, True
+        self._sudden = self._twice = False
+        self._now: dict[str, Pair] = {}
+        self._far: dict[str, float] = {}
         self._lent: dict[str, Lent] = {}
         self._trial: dict[str, Lent] = {}  # lent in this forward; counts from `finish` on
 
@@ -158,18 +150,26 @@ class _Shrinking(Running):
         self._tallies: dict[str, Tally] = {}
         self._fast: dict[str, Tally] = {}
         self._mix: Tensor | None = None  # of the classes, in the recent past
-        self._classes: Tensor | None = None  # sums of probabilities, as long as the tallies remember
-        self._images = 0.0  # samples that the tallies hold
+        self._presumed: Tensor | None = None  # of the classes in the batch that is being normalised
+        self._counts = Counts()
         self._pending = 0
         self.changes = 0
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
-        self._samples, self._learn, self._now, self._sudden = samples, learn, {}, False
+        self._samples, self._learn, self._now, self._far = samples, learn, {}, {}
+        self._sudden = self._twice = False
         self._due = learn and (samples >= self._method.every or self._pending + samples >= self._method.every)
-        if self._due and self._profile is not None and self._mix is not None and self._classes is not None:
-            now = self._method.now * samples
-            mix = (self._classes + now * self._mix) / (self._images + now)
-            self._there = self._in_units(self._profile, mix)
+        self._presumed = self._mix
+        if self._mix is not None and self._counts.images:
+            self._presume(self._mix)
+
+    def _presume(self, mix: Tensor) -> None:
+        """Compare with the source at the mix of all that came, and of this in the present batch."""
+        self._presumed = mix
+        if self._due and self._profile is not None:
+            came, now = self._came(), self._method.now * self._samples
+            whole = now * mix if came.classes is None else came.classes + now * mix
+            self._there = self._in_units(self._profile, whole / (came.images + now))
 
     def visit(self, site: Site, x: Tensor) -> None:
         if not self._learn:
@@ -178,7 +178,8 @@ class _Shrinking(Running):
         if seen is None:
             return
         mean, var = source_units(seen, self.held[site.name])
-        if site.name == self._early[0] and self._due and self._samples >= SUDDEN and site.name in self._tallies:
+        first = site.name == self._early[0] and site.name in self._tallies
+        if first and self._due and self._samples >= SUDDEN and not self._sudden:
             if self._far_from_before(site.name, mean, var) > 2 * self._method.change:
                 self._sudden, self._there = True, self._home  # for this batch; forgotten once it went through
         second = var + mean.square()
@@ -188,9 +189,20 @@ class _Shrinking(Running):
         if self._due:
             self._lend(site, mean, second)
 
+    def again(self, logits: Tensor) -> bool:
+        if self._profile is None or self._twice or not self._due or self._samples < SUDDEN:
+            return False
+        found = logits.double().cpu().softmax(1).mean(0)
+        presumed = self._profile.prior if self._presumed is None else self._presumed
+        if apart(found, presumed) < 0.5 * math.sqrt(len(found) / self._samples):  # which chance explains
+            return False
+        self._twice, self._now, self._far = True, {}, {}
+        self._presume(found)
+        return True
+
     def finish(self, logits: Tensor) -> None:
-        probabilities = logits.detach().double().cpu().softmax(1).mean(0)
-        samples = self._samples
+        rows = logits.detach().double().cpu().softmax(1)
+        probabilities, samples = rows.mean(0), self._samples
         old = self._method.recall ** (samples / 64)
         before = torch.full_like(probabilities, 1 / len(probabilities)) if self._mix is None else self._mix
         self._mix = old * before + (1 - old) * probabilities
@@ -200,9 +212,7 @@ class _Shrinking(Running):
         share = math.exp(-samples / self._method.window)
         for name, (first, second) in self._now.items():
             self._tallies[name] = self._tally(name, len(counts)).times(share).plus(counts, first, second)
-        classes = torch.zeros_like(probabilities) if self._classes is None else self._classes
-        self._classes = share * classes + samples * probabilities
-        self._images = share * self._images + samples
+        self._counts = self._counts.plus(rows, share, None if self._profile is None else self._profile.prior)
         self._pending = 0 if self._due else self._pending + samples
         self._lent |= self._trial
         self._trial = {}
@@ -222,28 +232,47 @@ class _Shrinking(Running):
         return sum(far) / len(far) if far else math.nan
 
     def _lend(self, site: Site, mean: Tensor, second: Tensor) -> None:
-        name = site.name
-        mix = self._mix
+        name, came = site.name, self._came()
+        mix = self._presumed
         groups = torch.ones(1, dtype=torch.float64) if mix is None else self._grouped(mix)
-        now = self._method.now * self._samples * groups
-        tally = self._tally(name, len(now)).plus(now, mean, second)
-        eps = self._eps[name]
-        if self._profile is None:
-            t, v = tally.even()
-            gap = self._method.gap
-        else:
-            there = self._there[name] if name in self._there else (torch.zeros_like(mean), torch.ones_like(mean))
-            home = self._home.get(name, there)
-            t, v = at_home(*tally.pooled(), there, home, eps=eps)
-            gap = self._profile.gap(name)
-        before = 0.0 if self._sudden else self._images
-        far, images = moved(t, v, eps=eps), before + self._method.now * self._samples
+        now = self._method.now * self._samples
+        tally = self._tally(name, len(groups)).plus(now * groups, mean, second)
+        t, v = self._balanced(name, tally)
+        gap = self._method.gap if self._profile is None else self._profile.gap(name)
+        far, images = moved(t, v, eps=self._eps[name]), came.images + now
+        self._far[name] = far
         sure = images / (images + self._method.images)  # of few images all moments are far
-        weight = (1 - self._method.floor) * far / (gap + far) * sure
+        weight = (1 - self._method.floor) * far / (gap + far) * sure * self._credit(name)
         held = self.held[name]
         lent = Moments(math.inf, held.mean + weight * t * held.sd, held.var * ((1 - weight) + weight * v))
         self._trial[name] = Lent(lent, weight, far * sure)
         site.normalise_by_(lent)
+
+    def _balanced(self, name: str, tally: Tally) -> Pair:
+        """The target's moments at `name` at an even class mix, or at the source's own where a profile tells it."""
+        if self._profile is None:
+            return tally.even()
+        same = torch.zeros_like(self._eps[name]), torch.ones_like(self._eps[name])
+        there, home = self._there.get(name, same), self._home.get(name, same)
+        pure = self._came().pure
+        if pure is None or name not in self._classwise or len(tally.samples) == 1:
+            return at_home(*tally.pooled(), there, home, eps=self._eps[name])
+        own = pure / (pure + self._method.own)
+        return class_by_class(tally, there, self._classwise[name], self._profile.prior, own, eps=self._eps[name])
+
+    def _credit(self, name: str) -> float:
+        """How far a distance at this site is another domain's, in [0, 1], and not that of a few classes."""
+        if name in self._early:
+            return 1.0
+        first = [far for site, far in self._far.items() if site in self._early]
+        later = [far for site, far in self._far.items() if site not in self._early]
+        certain = max(_ramp(mean(first) if first else 0.0, *FIRST), _ramp(median(later), *LATER))
+        chosen = self._came().chosen
+        return certain + (1 - certain) * (0.0 if chosen is None else variety(chosen))
+
+    def _came(self) -> Counts:
+        """What came of the present domain: nothing, if it begins with this batch."""
+        return Counts() if self._sudden else self._counts
 
     def _tally(self, name: str, groups: int) -> Tally:
         known = None if self._sudden else self._tallies.get(name)
@@ -254,7 +283,7 @@ class _Shrinking(Running):
 
     def _grouped(self, probabilities: Tensor) -> Tensor:
         """The class probabilities (K,) by the group that each class is booked under, (G,)."""
-        alone = self._profile is not None or len(probabilities) > self._most
+        alone = len(probabilities) > self._most
         return probabilities.sum()[None] if alone else probabilities
 
     def _changed(self, samples: int) -> bool:
@@ -270,7 +299,7 @@ class _Shrinking(Running):
                 self._fast[name].times(old) if name in self._fast else Tally(one * 0, first[None] * 0, second[None] * 0)
             )
             self._fast[name] = fast = fast.plus(one, first, second)
-            if name in self._tallies and self._images >= 64 and float(fast.samples) >= 32:
+            if name in self._tallies and self._counts.images >= 64 and float(fast.samples) >= 32:
                 far.append(self._far_from_before(name, *fast.pooled()))
         return bool(far) and sum(far) / len(far) >= self._method.change
 
@@ -281,21 +310,29 @@ class _Shrinking(Running):
     def _forget(self) -> None:
         """Another domain has begun: what was seen of the one before says nothing of it."""
         self.changes, self._sudden = self.changes + 1, False
-        self._tallies, self._fast = {}, {}
-        self._images, self._classes = 0.0, None
+        self._tallies, self._fast, self._counts = {}, {}, Counts()
         self._there = self._home
 
     def _in_units(self, profile: Profile, mix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         known = profile.at(mix)
         return {name: source_units(known[name], self.held[name]) for name in self.held if name in known}
 
-    def state(self) -> State:
-        found: State = {"images": torch.tensor([self._images, self._pending, self.changes], dtype=torch.float64)}
-        found |= {
-            f"{key}": value.clone()
-            for key, value in (("mix", self._mix), ("classes", self._classes))
-            if value is not None
+    def _each_class(self, profile: Profile) -> dict[str, Pair]:
+        """The source's moments at every site class by class. Shapes: (K, C), (K, C)."""
+        each = [self._in_units(profile, one) for one in torch.eye(len(profile.counts), dtype=torch.float64)]
+        return {
+            name: (torch.stack([e[name][0] for e in each]), torch.stack([e[name][1] for e in each])) for name in each[0]
         }
+
+    @property
+    def drift(self) -> Mapping[str, float]:
+        return {name: lent.far for name, lent in self._lent.items()}
+
+    def state(self) -> State:
+        scalars = torch.tensor([self._counts.images, self._pending, self.changes], dtype=torch.float64)
+        found: State = {"images": scalars} | self._counts.state()
+        if self._mix is not None:
+            found["mix"] = self._mix.clone()
         for kind, tallies in (("slow", self._tallies), ("fast", self._fast)):
             for name, tally in tallies.items():
                 found |= {f"{kind}.{field}.{name}": part.float() for field, part in tally._asdict().items()}
@@ -306,9 +343,10 @@ class _Shrinking(Running):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._start_anew()
-        self._images, pending, changes = state["images"].tolist()
+        images, pending, changes = state["images"].tolist()
         self._pending, self.changes = int(pending), int(changes)
-        self._mix, self._classes = (state[key].clone() if key in state else None for key in ("mix", "classes"))
+        self._counts = Counts(images, *(state[key].clone() if key in state else None for key in Counts._fields[1:]))
+        self._mix = state["mix"].clone() if "mix" in state else None
         self._lent, self._trial = {}, {}
         for name, site in self._sites.items():
             for kind, tallies in (("slow", self._tallies), ("fast", self._fast)):
@@ -320,3 +358,7 @@ class _Shrinking(Running):
                 site.normalise_by_(self._lent[name].moments)
             else:
                 site.normalise_by_(self.held[name])
+
+
+def _ramp(value: float, start: float, end: float) -> float:
+    return min(1.0, max(0.0, (value - start) / (end - start)))
