@@ -49,8 +49,8 @@ def test_without_a_guard_every_answer_is_the_adapted_models_and_with_one_the_fir
     assert free.log[-1].believed
     assert torch.equal(guarded(x), home)
     assert not guarded.log[-1].believed
-    assert free.log[-1].evidence != free.log[-1].evidence
-    assert -1 <= guarded.log[-1].evidence <= 1
+    for stream in (free, guarded):  # the two answered alike so far
+        assert stream.log[-1].evidence != stream.log[-1].evidence
 
 
 def test_a_believed_model_answers_and_some_samples_are_judged() -> None:

@@ -353,6 +353,7 @@ STEP = Step(
     believed=True,
     weight=0.5,
     moved=float("nan"),
+    drift={},
     evidence=0.25,
     confidence=(0.8, 0.7),
     action="",
@@ -393,6 +394,19 @@ def test_alarms_and_unanswered_samples_are_told() -> None:
     assert any(isinstance(block, Words) and "3 samples held numbers" in block.text for block in blocks)
     result = stream.result(replace(given, log=log))
     assert result["alarms"] == [{"step": 3, "action": "back", "why": "the source was surer"}]
+
+
+def test_layers_are_drawn_apart_the_first_the_last_and_two_between() -> None:
+    names = [f"layer{k}" for k in range(8)]
+    given = streamed(True, True)
+    log = tuple(replace(step, drift={name: k + step.step for k, name in enumerate(names)}) for step in given.log)
+    drawn = next(p for p in stream.pictures(replace(given, log=log)) if "single layers" in p.title)
+    assert isinstance(drawn, Lines)
+    assert [name for name, *_ in drawn.items] == ["layer0", "layer2", "layer5", "layer7"]
+    assert drawn.items[3][2] == ((1.0, 8.0), (2.0, 9.0))
+    result = stream.result(replace(given, log=log))
+    assert result["drift"]["layer2"] == {"first": 3, "largest": 4, "last": 4}
+    assert "drift" not in result["log"][0]
 
 
 def test_lines_are_drawn_where_they_lie_with_bands_and_marks() -> None:
@@ -437,3 +451,11 @@ def test_the_docs_list_every_method_in_the_words_of_its_file() -> None:
         rows.append(f"| `{name}` | {said} | {needs} | {other} |")
     page = (Path(__file__).parents[1] / "docs" / "online.md").read_text(encoding="utf-8")
     assert "\n".join(rows) in page
+
+
+def test_the_guard_is_set_by_name(folder: Path, renorm: Callable[..., Ran]) -> None:
+    words = "adapt nets.py:net plain.npz -o out.csv --batch-size 8"
+    ran = renorm(f"{words} --guard.first 8 --format json")
+    assert ran.code in (0, 1), ran.err
+    refused(renorm(f"{words} --guard.frist 8 --force"), "there is no setting of the guard 'frist'", "first")
+    refused(renorm(f"{words} --guard.first 8 --no-guard --force"), "--no-guard leaves nothing for --guard to set")

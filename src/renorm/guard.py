@@ -113,13 +113,15 @@ class Watch:
         self._count = old * self._count + len(adapted)
         mixes = torch.stack([rows.exp().sum(0) for rows in logs])
         self._mixes = mixes if self._mixes is None else old * self._mixes + mixes
-        evidence = self.evidence
-        self.believed = evidence > limit(self.guard, moved, trains=trains)
-        return self._follow(evidence, trains)
+        self.believed = self._weighed() > limit(self.guard, moved, trains=trains)
+        return self._follow(self.evidence, trains)
 
     @property
     def evidence(self) -> float:
-        """`(m_a − m_s) / (m_a + m_s)` with the guard's doubt on the source's side, in [−1, 1]."""
+        """`(m_a − m_s) / (m_a + m_s)` with the guard's doubt on the source's side, in [−1, 1]; NaN before the two parted."""
+        return self._weighed() if bool(self._sums[:2].any()) else math.nan
+
+    def _weighed(self) -> float:
         ours, theirs = float(self._sums[0]), float(self._sums[1]) + self.guard.doubt
         return (ours - theirs) / (ours + theirs) if ours + theirs > 0 else 0.0
 

@@ -32,7 +32,7 @@ class Step:
     weight      the target's mean share in what normalised
     moved       how far the target lay from the source at the first sites, as `Shift.moved`; NaN where the method is blind to it
     drift       the same at every site that the method measures, by name
-    evidence    what the guard has for the adapted model against the source, in [−1, 1]; NaN without a guard
+    evidence    what the guard has for the adapted model against the source, in [−1, 1]; NaN before the two parted
     confidence  mean largest probability on judged samples: adapted, source; NaN before any
     action      "", "back" (to the last good state) or "anew" (from the source), and `why`
     """
@@ -104,8 +104,7 @@ class Stream:
             raise
         self._steps += 1
         self._act(verdict)
-        left_out = total - int(learnt.sum())
-        self._note(total, left_out, verdict)
+        self._note(total, total - int(learnt.sum()), verdict)
         if answer.shape[0] == total:
             return answer
         whole = torch.full((total, *answer.shape[1:]), torch.nan, dtype=answer.dtype, device=answer.device)
@@ -277,20 +276,17 @@ class Stream:
             self._good = self._running.state()
 
     def _note(self, samples: int, left_out: int, verdict: Verdict) -> None:
-        nan = float("nan")
+        running, nan = self._running, float("nan")
         self.log.append(
             Step(
                 step=self._steps,
                 samples=samples,
                 left_out=left_out,
-                believed=verdict.believed,
-                weight=self._running.target_weight,
-                moved=self._running.moved,
-                drift=dict(self._running.drift),
-                evidence=verdict.evidence,
-                confidence=self._watch.confidence if self._watch is not None else (nan, nan),
-                action=verdict.action,
-                why=verdict.why,
+                weight=running.target_weight,
+                moved=running.moved,
+                drift=dict(running.drift),
+                confidence=(nan, nan) if self._watch is None else self._watch.confidence,
+                **verdict._asdict(),
             )
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from renorm.cli.base import argument, option
 from renorm.cli.subject import DATA, OnModel, notes
-from renorm.errors import DataError, UsageError
+from renorm.errors import DataError, UnknownName, UsageError
 from renorm.said import listed, say
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from renorm.cli.predictions import Put, Row
     from renorm.cli.screen import Screen
     from renorm.datasets.base import Dataset
+    from renorm.guard import Guard
     from renorm.models import Model
     from renorm.report.base import Report
     from renorm.report.stream import Errors, Streamed
@@ -54,6 +55,10 @@ class Adapt(OnModel):
     method: str = option("shrink", "how to adapt: shrink, ema, tent …; its options: --options.NAME", metavar="NAME")
     source: str = option("", "a profile of the source, made by renorm profile", metavar="FILE")
     no_guard: bool = option(False, "every answer is the adapted model's, however unsure it becomes")
+    guard: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "the guard's settings, as in --guard.first 64", "metavar": "NUMBER"},
+    )
     state: str = option(
         "", "go on from this .safetensors where it exists, and write what was learnt there", metavar="FILE"
     )
@@ -77,7 +82,7 @@ class Adapt(OnModel):
         labelled = dataset is not None and _are_classes(dataset.labels)
         how = self.calling()
         home = adapt_(copy.deepcopy(model.module), "source", guard=False, **how) if labelled else None
-        stream = adapt_(model.module, self.method, self.source or None, guard=not self.no_guard, **how, **self.options)
+        stream = adapt_(model.module, self.method, self.source or None, guard=self._guard(), **how, **self.options)
         if kept is not None and kept.exists():
             stream.load_state_dict(_loaded(kept, method=self.method, model=origin))
         answering = _Answering(stream, home, model, dataset)
@@ -108,6 +113,18 @@ class Adapt(OnModel):
             origin=self.origin_of(model, dataset, fingerprinted=origin),
             exit_code=code,
         )
+
+    def _guard(self) -> Guard | bool:
+        """The guard as it was asked for."""
+        from renorm.guard import Guard
+
+        if self.no_guard and self.guard:
+            raise UsageError("--no-guard leaves nothing for --guard to set; give one of the two.")
+        usual = vars(Guard())
+        for name in self.guard:
+            if name not in usual:
+                raise UnknownName("setting of the guard", name, usual)
+        return False if self.no_guard else Guard(**{name: type(usual[name])(self.guard[name]) for name in self.guard})
 
     def _paths(self, model: Model) -> Paths:
         from renorm.cli.incoming import Paths, standard_input

@@ -219,11 +219,41 @@ def pictures(streamed: Streamed) -> tuple[Picture, ...]:
             moved=MOVED,
         ),
     )
+    drawn += _drawn_layers(log, around, shaded)
     if streamed.errors is not None:
         drawn.append(
             _drawn_errors(streamed, streamed.errors, follow(say("Means over neighbouring steps."), shaded), around)
         )
     return tuple(drawn)
+
+
+def _drawn_layers(log: Sequence[Step], around: dict[str, Any], shaded: Said) -> list[Picture]:
+    """The first norm layer, the last, and two between them."""
+    names = list(dict.fromkeys(name for step in log for name in step.drift))
+    if len(names) < 2:
+        return []
+    tones: tuple[Tone, ...] = ("bad", "doubt", "good", "plain")
+    places = sorted({round(k * (len(names) - 1) / (len(tones) - 1)) for k in range(len(tones))})
+    items = tuple(
+        (names[place], tone, thinned([(float(step.step), step.drift.get(names[place], nan)) for step in log]))
+        for place, tone in zip(places, tones, strict=False)
+    )
+    note = many(
+        len(names),
+        "Of {count:,} layer; later ones are measured after the earlier ones were put right.",
+        "Of {count:,} layers; later ones are measured after the earlier ones were put right.",
+    )
+    title = say("How far single layers lay from the source")
+    return [Lines(title, items=items, up=say("moved"), note=follow(note, shaded), **around)]
+
+
+def _drift(log: Sequence[Step]) -> dict[str, dict[str, float]]:
+    """Of every layer: the step's `moved` at first, at the most and at last."""
+    found: dict[str, list[float]] = {}
+    for step in log:
+        for name, far in step.drift.items():
+            found.setdefault(name, []).append(far)
+    return {name: {"first": far[0], "largest": max(far), "last": far[-1]} for name, far in found.items()}
 
 
 def _drawn_errors(streamed: Streamed, errors: Errors, note: Said, around: dict[str, Any]) -> Picture:
@@ -274,5 +304,6 @@ def result(streamed: Streamed) -> dict[str, Any]:
             for phase in phases(streamed.log)
         ],
         "alarms": [{"step": step.step, "action": step.action, "why": step.why} for step in alarms(streamed.log)],
-        "log": [asdict(step) for step in streamed.log],
+        "drift": _drift(streamed.log),
+        "log": [{key: value for key, value in asdict(step).items() if key != "drift"} for step in streamed.log],
     }
