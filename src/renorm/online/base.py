@@ -272,7 +272,7 @@ class Early:
     def moved(self) -> float:
         """Mean over these sites of `Shift.moved`, less for few images; NaN before any."""
         far = [
-            Shift.between(self._held[name], seen, eps=self._eps[name]).moved * seen.count / (seen.count + FEW)
+            Shift.between(self._held[name], seen, eps=self._eps[name]).moved * few(seen.count)
             for name, seen in self._seen.items()
         ]
         return sum(far) / len(far) if far else math.nan
@@ -289,6 +289,11 @@ class Early:
         known = {name: state[f"early.{name}"] for name in self._held if f"early.{name}" in state}
         self._seen = {name: Moments(float(row[0]), *row[1:].chunk(2)) for name, row in known.items()}
         self._now = {}
+
+
+def few(images: float) -> float:
+    """By how much a distance that so many images show is to be believed, in [0, 1): a half at 16."""
+    return images / (images + FEW)
 
 
 def first_sites(sites: Sequence[Site]) -> Sequence[Site]:

@@ -20,6 +20,7 @@ from renorm.online.base import (
     Subject,
     check_positive,
     check_share,
+    few,
     first_sites,
     glance,
     source_units,
@@ -59,8 +60,8 @@ class Shrink(Online):
     recall   the share of the class mix of the recent past that is left after 64 images
     window   images after which what was seen counts 1/e: slow drift is followed at this pace
     change   a change of domain is a `moved` of at least this between the last 64 images and all before, at the first sites,
-             or of twice as much at the very first site in a batch of 16 or more, which it is then not normalised by;
-             everything before it is forgotten
+             or of twice as much at the very first site in one batch, less for few images; that batch is then not normalised
+             by what came before it, and all of that is forgotten
     rows     of every map, so many rows are measured at the least
     every    in batches smaller than this, the blend is made anew after so many images
     """
@@ -74,7 +75,7 @@ class Shrink(Online):
     now: float = 0.3
     recall: float = 0.3
     window: float = 2000.0
-    change: float = 0.2
+    change: float = 0.15
     rows: int = 8
     every: int = 8
 
@@ -180,7 +181,7 @@ class _Shrinking(Running):
         mean, var = source_units(seen, self.held[site.name])
         first = site.name == self._early[0] and site.name in self._tallies
         if first and self._due and self._samples >= SUDDEN and not self._sudden:
-            if self._far_from_before(site.name, mean, var) > 2 * self._method.change:
+            if self._far_from_before(site.name, mean, var) * few(self._samples) > 2 * self._method.change:
                 self._sudden, self._there = True, self._home  # for this batch; forgotten once it went through
         second = var + mean.square()
         if site.name in self._now:  # called more than once: each call counts the same
@@ -245,7 +246,7 @@ class _Shrinking(Running):
         weight = (1 - self._method.floor) * far / (gap + far) * sure * self._credit(name)
         held = self.held[name]
         lent = Moments(math.inf, held.mean + weight * t * held.sd, held.var * ((1 - weight) + weight * v))
-        self._trial[name] = Lent(lent, weight, far * sure)
+        self._trial[name] = Lent(lent, weight, far * few(images))
         site.normalise_by_(lent)
 
     def _balanced(self, name: str, tally: Tally) -> Pair:

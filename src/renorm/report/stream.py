@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from math import isfinite, isinf
+from math import isfinite, isinf, nan
 from typing import Any, NamedTuple
 
 from renorm.guard import MOVED, UNMOVED
