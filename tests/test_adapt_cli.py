@@ -457,5 +457,5 @@ def test_the_guard_is_set_by_name(folder: Path, renorm: Callable[..., Ran]) -> N
     words = "adapt nets.py:net plain.npz -o out.csv --batch-size 8"
     ran = renorm(f"{words} --guard.first 8 --format json")
     assert ran.code in (0, 1), ran.err
-    refused(renorm(f"{words} --guard.furst 8 --force"), "there is no setting of the guard 'furst'", "first")
+    refused(renorm(f"{words} --guard.zeroth 8 --force"), "there is no setting of the guard 'zeroth'", "first")
     refused(renorm(f"{words} --guard.first 8 --no-guard --force"), "--no-guard leaves nothing for --guard to set")
