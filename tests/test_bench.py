@@ -501,6 +501,15 @@ def test_a_cell_of_transfer_learns_a_new_task(way: str, monkeypatch: pytest.Monk
     assert ("norm_numbers" in values) == (way == "affine-and-head")
 
 
+def test_domains_without_labels_are_told_in_both_frames() -> None:
+    suite = catalogue()["transfer"](data=shared("nets.py").parent, size="full")
+    cells = [cell for cell in suite.cells() if cell["way"] in ("as it came", "per_domain") and "usps" in cell["task"]]
+    assert len(cells) == 2 * 2 * 3
+    table = suite.table([Row(cell, {"error": 20.0 + cell["seed"]}) for cell in cells if cell["task"].count("frame")])
+    assert "| error on USPS in % | mnist to usps in one frame, unlabelled |" in table
+    assert "| per_domain | 21.0 (20.0–22.0) |" in table
+
+
 def test_averaged_weights_are_measured_under_both_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     from renorm.bench import transfer
 

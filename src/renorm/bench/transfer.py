@@ -34,7 +34,7 @@ STEPS = 100  # of training at least: a small share is seen more often
 LEAST_EPOCHS = 5
 MEASURED = 500  # test samples
 BATCH = 32
-DIGITS = "mnist to usps, unlabelled"
+DIGITS = {"mnist to usps, unlabelled": False, "mnist to usps in one frame, unlabelled": True}  # name: framed
 JOINT = ("as it came", "source again", "recalibrated", "per_domain", "transferable")
 JOINT_EPOCHS = 4
 FEWER = ("tinyimagenet20", "pneumoniamnist")  # large networks of the quick size with 5 % of the labels
@@ -124,8 +124,9 @@ class Transfer(Suite):
         for task in TASKS:
             yield from self._grid(task, FEW, REGULARISED)
         for seed in range(self.seeds):
-            for way in JOINT:
-                yield Cell.of(task=DIGITS, seed=seed, way=way)
+            for task in DIGITS:
+                for way in JOINT:
+                    yield Cell.of(task=task, seed=seed, way=way)
 
     def _grid(self, task: str, share: float, ways: Iterable[str]) -> Iterator[Cell]:
         for seed in range(self.seeds):
@@ -137,8 +138,8 @@ class Transfer(Suite):
             yield Cell.of(task="tinyimagenet20", seed=seed, way="cost")
 
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
-        if cell["task"] == DIGITS:
-            return _joint(self.data, cell["seed"], cell["way"])
+        if cell["task"] in DIGITS:
+            return _joint(self.data, cell["seed"], cell["way"], framed=DIGITS[cell["task"]])
         task = TASKS[cell["task"]]
         train, test = task.target(self.data)
         if cell["way"] == "cost":
@@ -176,9 +177,9 @@ def _averaged(job: Job, measured: Labelled, average: str | None) -> dict[str, fl
     return {"error": estimated, "error_copied": error(job.model, measured)}
 
 
-def _joint(data: Path, seed: int, way: str) -> dict[str, float]:
+def _joint(data: Path, seed: int, way: str, *, framed: bool) -> dict[str, float]:
     """The error on USPS, none of whose labels were seen, of the network trained on MNIST."""
-    model, source, target, test = digit_domains(data, seed=seed)
+    model, source, target, test = digit_domains(data, seed=seed, framed=framed)
     if way == "recalibrated":
         recalibrate_(model, target.unlabelled())
     elif way == "source again":

@@ -23,6 +23,7 @@ __all__ = ["TASKS", "Task", "digit_domains"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNIT = ((0.0,) * 3, (1.0,) * 3)
+EDGE = 4  # pixels around MNIST's digits
 PRETRAINING = 4  # epochs on mnist15k
 
 
@@ -81,12 +82,12 @@ def _ready(images: Any, labels: Any, means: tuple[float, ...], deviations: tuple
     return Labelled(inputs, torch.from_numpy(labels.astype(np.int64).reshape(-1)))
 
 
-def _digits_net(data: Path) -> nn.Module:
-    return deepcopy(_pretrained(data))
+def _digits_net(data: Path, *, framed: bool = False) -> nn.Module:
+    return deepcopy(_pretrained(data, framed))
 
 
-@lru_cache(maxsize=1)
-def _pretrained(data: Path) -> nn.Module:
+@lru_cache(maxsize=2)
+def _pretrained(data: Path, framed: bool) -> nn.Module:
     """A small network trained on mnist15k at 16², by the loop that `renorm pretrain` runs."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -94,7 +95,7 @@ def _pretrained(data: Path) -> nn.Module:
         layers += [nn.Conv2d(inputs, outputs, 3, stride=1 if inputs == 1 else 2, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-    train = _grey(data / "mnist15k.npz")
+    train = _grey(data / "mnist15k.npz", edge=EDGE if framed else 0)
     finetune_(net, train.batches(64), policy="all", head="keep", epochs=PRETRAINING, seed=0)
     return net
 
@@ -105,20 +106,30 @@ def _usps(data: Path) -> tuple[Labelled, Labelled]:
     return whole.first(2000), whole.after(2000)
 
 
-def _grey(path: Path) -> Labelled:
+def _grey(path: Path, *, edge: int = 0) -> Labelled:
+    """Digits at 16², without so many pixels of their edge."""
     with np.load(path, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"]
     order = np.random.default_rng(0).permutation(len(labels))
     inputs = torch.from_numpy(images[order]).permute(0, 3, 1, 2).float() / 255
+    inputs = inputs[..., edge : inputs.shape[2] - edge, edge : inputs.shape[3] - edge]
     inputs = F.interpolate(inputs, size=(16, 16), mode="bilinear", antialias=True, align_corners=False)
     return Labelled((inputs - 0.2) / 0.35, torch.from_numpy(labels[order].astype(np.int64)))
 
 
-def digit_domains(data: Path, *, seed: int) -> tuple[nn.Module, Labelled, Labelled, Labelled]:
-    """The network trained on mnist15k, 3,000 of its digits, 2,000 of USPS to adapt to and 2,000 others to measure on."""
-    source, (target, test) = _grey(data / "mnist15k.npz"), _usps(data)
+def digit_domains(data: Path, *, seed: int, framed: bool) -> tuple[nn.Module, Labelled, Labelled, Labelled]:
+    """The network trained on mnist15k, 3,000 of its digits, 2,000 of USPS to adapt to and 2,000 others to measure on.
+
+    MNIST leaves four of 28 pixels free around its digits and USPS none: `framed` takes them away, so that digits are as large.
+    """
+    source, (target, test) = _grey(data / "mnist15k.npz", edge=EDGE if framed else 0), _usps(data)
     rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(source.labels))[:3000])
-    return _digits_net(data), Labelled(source.inputs[rows], source.labels[rows]), target, test.first(2000)
+    return (
+        _digits_net(data, framed=framed),
+        Labelled(source.inputs[rows], source.labels[rows]),
+        target,
+        test.first(2000),
+    )
 
 
 def _gas_net(data: Path) -> nn.Module:
