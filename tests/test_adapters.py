@@ -90,6 +90,23 @@ def test_a_transformers_layer_norms_are_an_adapter_too(tmp_path: Path) -> None:
     assert {name.split(".")[0] for name in adapter.names} == {"1", "4", "7", "9"}
 
 
+def test_loading_looks_for_norm_layers_as_often_in_a_deep_net_as_in_a_shallow_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from renorm import adapters
+
+    looks, looked = [], adapters.find_sites
+    monkeypatch.setattr(adapters, "find_sites", lambda model: looks.append(model) or looked(model))
+    for depth in (2, 20):
+        model = nn.Sequential(
+            *(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(depth)), nn.Linear(4, 3)
+        )
+        save_adapter(model, tmp_path / f"{depth}.safetensors")
+        looks.clear()
+        load_adapter_(model, tmp_path / f"{depth}.safetensors")
+        assert len(looks) <= 4
+
+
 def test_another_base_is_refused_and_untouched(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_adapter(net(), file)

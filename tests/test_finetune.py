@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from renorm.feed import Feed
 from renorm.finetune import finetune_, training
 from renorm.policy import POLICIES
 from renorm.recipe import Recipe
+from renorm.state import own_randomness
 from tests import zoo
 from tests.contracts.photograph import bits, differences, photograph, process
 
@@ -201,6 +203,16 @@ def test_a_list_is_mixed_anew_and_a_loader_is_read_as_it_is() -> None:
     seen.clear()
     finetune_(Looks(), DataLoader(TensorDataset(values, labels), batch_size=3), policy="frozen", epochs=2, head="keep")
     assert [batch for batch in seen if len(batch) == 3] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] * 2
+
+
+@pytest.mark.parametrize("devices", [False, True])
+def test_a_place_draws_the_numbers_that_its_seed_draws_anywhere(devices: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("renorm.feed._devices", lambda: devices)
+    with own_randomness():
+        Feed(data(), 1, seed=3).begin(1, 2)
+        drawn = torch.rand(4)
+        torch.manual_seed(int(np.random.SeedSequence([3, 1, 2]).generate_state(3)[0]))
+        assert torch.equal(drawn, torch.rand(4))
 
 
 def test_batches_that_cannot_be_taken_apart_come_whole_in_a_new_order() -> None:

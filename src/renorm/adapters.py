@@ -98,12 +98,14 @@ def load_adapter_(model: nn.Module, path: str | os.PathLike[str]) -> Adapter:
     tensors, told = _read(path)
     head, outputs = json.loads(told["head"]), json.loads(told["outputs"])
     classes = json.loads(told["classes"])
-    parts = split(model, head or "auto") if all(name in dict(walk(unwrap(model))) for name in head) else Split((), ())
+    known = dict(walk(unwrap(model)))
+    parts = split(model, head or "auto") if all(name in known for name in head) else Split((), ())
     own, base = divided(model, parts)
     _refuse_other_base(path, told, tensors, own, fingerprint(base))
     # norm layers and the head: what stands between them is the base, and stays
-    places = {name for name, module in walk(unwrap(model)) if module in _norms(model) or parts.is_head(name)}
-    undo = Undo("load_adapter_", {name: m for name, m in walk(unwrap(model)) if name in places}, parameters=True)
+    norms = _norms(model)
+    places = {name: module for name, module in walk(unwrap(model)) if module in norms or parts.is_head(name)}
+    undo = Undo("load_adapter_", places, parameters=True)
     placed = None
     try:
         if outputs is not None and outputs_of(model, parts) != outputs:

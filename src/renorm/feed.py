@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -122,7 +123,7 @@ class Feed:
     def begin(self, *at: int) -> None:
         """Seed the global generators by the seed and a place in training: the same place draws the same numbers."""
         words = np.random.SeedSequence([self.seed, *at]).generate_state(3)
-        torch.manual_seed(int(words[0]))
+        _seed_torch(int(words[0]))
         np.random.seed(int(words[1]))
         random.seed(int(words[2]))
 
@@ -138,6 +139,19 @@ class Feed:
 
 
 _END = object()
+
+
+@cache
+def _devices() -> bool:
+    return torch.cuda.is_available() or torch.xpu.is_available() or torch.backends.mps.is_available()
+
+
+def _seed_torch(seed: int) -> None:
+    # where there is no device but the processor torch.manual_seed spends its time on remembering who seeded them
+    if _devices():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def mixed(batches: Sequence[Any], seed: int) -> Iterator[Any]:
