@@ -26,10 +26,13 @@ class Gap(NamedTuple):
     """How evaluation and training mode disagree about the same samples.
 
     changed  the share of samples whose first answer differs
+    noise    the share that differs for the noise of a batch alone: how many change when half of it normalises in place of all,
+             which is off by as much from the whole as the whole is from many
     better   by how much the training-mode answers are more often right, as a share of samples; None without labels
     """
 
     changed: float
+    noise: float
     better: float | None
     samples: int
 
@@ -57,7 +60,31 @@ def gap_between_modes(model: nn.Module, batches: Sequence[Any], sites: Sequence[
     right = None
     if labels is not None and labels.shape == calm.shape and not labels.is_floating_point():
         right = float((torch.eq(restless, labels).double() - torch.eq(calm, labels).double()).mean())
-    return Gap(float(torch.ne(calm, restless).double().mean()), right, len(calm))
+    changed = float(torch.ne(calm, restless).double().mean())
+    return Gap(changed, _noise(model, fit, caller, held, restless), right, len(calm))
+
+
+def _noise(model: nn.Module, batches: Sequence[Any], caller: Caller, sites: Sequence[Site], whole: Tensor) -> float:
+    """The share of answers that change when each half of a batch is normalised by itself; 0 where it cannot be halved."""
+    halves, places, at = [], [], 0
+    for batch in batches:
+        count = read(batch).samples
+        for part in (slice(0, count // 2), slice(count // 2, count)):
+            halves.append(_part(batch, part, count))
+            places += range(at + part.start, at + part.stop)
+        at += count
+    try:
+        parted, _ = _answers(model, halves, caller, sites)
+    except Exception:  # what cannot be halved tells nothing of noise
+        return 0.0
+    if parted is None or parted.shape != whole.shape:
+        return 0.0
+    return float(torch.ne(parted, whole[places]).double().mean())
+
+
+def _part(batch: Any, part: slice, count: int) -> Any:
+    """Some of the samples of a batch of `count`."""
+    return map_tensors(lambda t: t[part] if t.dim() and t.shape[0] == count else t, batch)
 
 
 def depends_on_company(model: nn.Module, batch: Any, caller: Caller) -> float | None:
@@ -69,14 +96,10 @@ def depends_on_company(model: nn.Module, batch: Any, caller: Caller) -> float | 
     if count < 2:
         return None
     half = count // 2
-
-    def first(tensor: Tensor) -> Tensor:
-        return tensor[:half] if tensor.dim() and tensor.shape[0] == count else tensor
-
     with _looking(model):
         whole = caller.run(model, batch).logits
         try:
-            part = caller.run(model, map_tensors(first, batch)).logits
+            part = caller.run(model, _part(batch, slice(0, half), count)).logits
         except Exception:  # what cannot be halved tells nothing of company
             return None
     if whole is None or part is None or whole.shape[:1] != (count,) or part.shape != whole[:half].shape:

@@ -138,7 +138,7 @@ PLANTS: Mapping[str, Plant] = {
     "one batch of ten multiplied by": Plant(_outlier, "BN309", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 3.0),
     "images in all": Plant(_few, "BN311", (128.0, 64.0, 32.0, 16.0, 8.0, 4.0), 4.0),
 }
-PASSES = 8  # enough for each of them, and too few for the looks that the others want
+PASSES = 10  # enough for each of them, and too few for the looks that the others want
 
 
 def run(data: Path, plant: str, strength: float, seed: int) -> dict[str, float]:

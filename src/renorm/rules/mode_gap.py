@@ -14,6 +14,7 @@ from renorm.said import say
 class ModeGap(Rule):
     """Of the same samples, more than a share get another answer when batch norms normalise by the batch, as in training.
 
+    What the noise of a batch changes is taken off: the answers that change when half a batch normalises in place of all.
     Dropout stays off in both. With labels only a model that answers better in training mode is at fault, by that share.
     """
 
@@ -22,10 +23,11 @@ class ModeGap(Rule):
     needs: ClassVar[tuple[str, ...]] = ("gap", "broken", "new")
     wants: ClassVar[tuple[str, ...]] = ("suspect",)
 
-    # Shares of samples, in batches of 16 or more. On data of their own kind ResNet-20, ResNet-8 and MobileNet answer 0.05 to
-    # 0.09 differently in batches of 64, to 0.13 in batches of 16, and are right more often by 0.04 at the most.
-    changed: float = 0.25
-    changed_error: float = 0.5
+    # Shares of samples, beyond the noise, in batches of 16 to 64. On data of their own kind ResNet-20, ResNet-8 and MobileNet
+    # lie at -0.06 to 0.13, networks with random weights and the statistics of noise at -0.05 to 0.15; under noise, blur, contrast
+    # and fog at 0.13 to 0.77. With labels they are right more often by 0.04 at the most.
+    changed: float = 0.2
+    changed_error: float = 0.4
     better: float = 0.1
 
     def check(self, facts: Facts) -> Iterator[Finding]:
@@ -36,7 +38,7 @@ class ModeGap(Rule):
         labelled = gap.better is not None
         if facts.source is not None and not labelled:
             return  # the profile knows how far the source's own data lie from these statistics; BN302 asks it
-        value, limit = (gap.better, self.better) if gap.better is not None else (gap.changed, self.changed)
+        value, limit = (gap.better, self.better) if gap.better is not None else (gap.changed - gap.noise, self.changed)
         if value <= limit:
             return
         yield Finding(
@@ -44,7 +46,9 @@ class ModeGap(Rule):
             site=max(facts.distances, key=lambda name: facts.distances[name], default=""),
             severity="error" if labelled or value > self.changed_error else "warning",
             value=value,
-            unit=say("of the samples, more are right in training mode") if labelled else say("of the answers change"),
+            unit=say("of the samples, more are right in training mode")
+            if labelled
+            else say("of the answers change, beyond the noise of a batch"),
             limit=limit,
             message=say(
                 "Normalised by the batch, as in training, the model answers differently than by the statistics it holds: "
