@@ -179,6 +179,31 @@ def test_ways_that_do_not_run_or_do_not_agree_are_left_out(monkeypatch: pytest.M
     assert found.rounds >= 3
 
 
+def test_what_is_timed_as_compiled_is_compiled_and_its_first_call_is_not_in_the_median(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from time import sleep
+
+    monkeypatch.setattr("renorm.timing.COMPILING", 0.0)
+    calls: list[str] = []
+
+    def compile(run: Any, **options: Any) -> Any:
+        def compiled(*args: Any, **kwargs: Any) -> Any:
+            sleep(0.5 if not calls else 0.0)  # as a compiler takes its time once
+            calls.append("compiled")
+            return run(*args, **kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = classifier()
+    found = timed(model, images(4), Caller(), samples=4, budget=0.05)
+    assert len(calls) == found.rounds + 1
+    assert found.first["compiled"] >= 0.5 > found.seconds["compiled"]
+    assert set(found.first) == set(found.seconds)
+    assert "_compiled_call_impl" not in {k for k, v in vars(model).items() if v is not None}
+
+
 def test_a_model_without_statistics_cannot_be_folded_and_is_timed_all_the_same() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
     found = timed(model, torch.randn(4, 3), Caller(), samples=4, budget=0.01)

@@ -91,6 +91,7 @@ def result(advice: Advice) -> dict[str, Any]:
             "left_out": {name: str(why) for name, why in timings.left_out.items()},
             "samples": timings.samples,
             "rounds": timings.rounds,
+            "first_call": dict(timings.first),
         },
     }
 
@@ -98,8 +99,13 @@ def result(advice: Advice) -> dict[str, Any]:
 def _curve(found: Curve) -> Table:
     counts = [count for count in (8, 16, 32, 64, 128, 256, 512, 1024) if count <= 8 * found.images]
     measured = dict(found.halves)
+    top = found.error(counts[0]) if counts else 1.0
     rows = tuple(
-        (f"{count:,}", f"{found.error(count):.3f}", f"{measured[count]:.3f}" if count in measured else "")
+        (
+            f"{count:,}",
+            Bar(found.error(count) / top, f"{found.error(count):.3f}"),
+            f"{measured[count]:.3f}" if count in measured else "",
+        )
         for count in counts
     )
     return Table(
@@ -113,7 +119,10 @@ def _timings(timings: Timings) -> Table:
     slowest = max(timings.seconds.values())
     drawn = sorted(timings.seconds.items(), key=lambda item: item[1])
     rows = tuple((name, Bar(seconds / slowest, f"{1000 * seconds:.1f}")) for name, seconds in drawn)
-    note = follow(*(say("{name}: {why}.", name=name, why=why) for name, why in timings.left_out.items()))
+    told = [say("{name}: {why}.", name=name, why=why) for name, why in timings.left_out.items()]
+    if "compiled" in timings.first:
+        told.append(say("compiled: its first call took {seconds:.0f} s.", seconds=timings.first["compiled"]))
+    note = follow(*told)
     return Table(
         say("Milliseconds for {samples} samples, by way of running the model", samples=timings.samples),
         (say("way"), say("ms")),
