@@ -66,7 +66,9 @@ def gap_between_modes(model: nn.Module, batches: Sequence[Any], sites: Sequence[
 
 def _noise(model: nn.Module, batches: Sequence[Any], caller: Caller, sites: Sequence[Site], whole: Tensor) -> float:
     """The share of answers that change when each half of a batch is normalised by itself; 0 where it cannot be halved."""
-    halves, places, at = [], [], 0
+    halves: list[Any] = []
+    places: list[int] = []
+    at = 0
     for batch in batches:
         count = read(batch).samples
         for part in (slice(0, count // 2), slice(count // 2, count)):
