@@ -21,9 +21,8 @@ official defaults; `+profile` knows a profile of the source, `+guard` falls back
 the source's on the same stream, paired by shift and seed, with a 95 % t-interval; below 0 is better. `as_it_is` is the data
 without a corruption; for CIFAR-10 that is its JPEG version. Milliseconds are processor time per image of this run, on one
 thread, beside other work: compare within a table. UnMix-TNS begins with random components, which shift every channel (see
-`renorm/online/unmix.py`): these small networks feel that, and streams this short end before it has worn off. At quick size
-methods with gradients see two of the three shifts, so that their means do not compare with those of other rows; regret and
-targets are paired and do. A miss is left standing.
+`renorm/online/unmix.py`): these small networks feel that, and streams this short end before it has worn off. Gas sensors and
+heart beats come in time, patient after patient (`renorm/bench/series.py`). A miss is left standing.
 """
 FORWARD = ("batch", "prior", "ema", "unmix", "hybrid+profile", "lame")  # published, without gradients
 PUBLISHED = (*FORWARD, "tent", "eata", "rdumb", "roid", "tbr")

@@ -24,7 +24,7 @@ from renorm.bench.beds import Bed, Labelled
 from renorm.bench.corruptions import CLEAN
 from renorm.errors import UnknownName
 
-__all__ = ["ORDERS", "STREAMS", "Images", "stream"]
+__all__ = ["ORDERS", "STREAMS", "Images", "reordered", "stream"]
 
 Order = NDArray[np.intp]
 WINDOW = 64
@@ -50,10 +50,15 @@ def stream(bed: Bed, kind: str, shift: str, *, seed: int, images: int) -> Images
     while len(there.labels) < images:  # photographs are few: they come again, in another order
         there = Labelled(torch.cat([there.inputs] * 2)[:images], torch.cat([there.labels] * 2)[:images])
     if kind in ORDERS:
-        order = torch.from_numpy(ORDERS[kind](there.labels.numpy(), rng))
-        return Images(there.inputs[order], there.labels[order], torch.ones(len(order), dtype=torch.bool))
+        return reordered(there.inputs, there.labels, kind, seed=seed)
     inputs, counted = _MIXES[kind](bed, there, rng, seed)
     return Images(inputs, there.labels, counted)
+
+
+def reordered(inputs: Tensor, labels: Tensor, kind: str, *, seed: int) -> Images:
+    """These images in one of `ORDERS`."""
+    order = torch.from_numpy(ORDERS[kind](labels.numpy(), np.random.default_rng([seed, 7])))
+    return Images(inputs[order], labels[order], torch.ones(len(order), dtype=torch.bool))
 
 
 def _iid(labels: NDArray[np.integer], rng: Generator) -> Order:

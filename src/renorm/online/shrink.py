@@ -60,8 +60,8 @@ class Shrink(Online):
     recall   the share of the class mix of the recent past that is left after 64 images
     window   images after which what was seen counts 1/e: slow drift is followed at this pace
     change   a change of domain is a `moved` of at least this between the last 64 images and all before, at the first sites,
-             or of twice as much at the very first site in one batch, less for few images; that batch is then not normalised
-             by what came before it, and all of that is forgotten
+             of a quarter as much at half of the later ones, or of twice as much at the very first site in one batch. That
+             batch is then normalised anew, without what came before it, and all of that is forgotten
     rows     of every map, so many rows are measured at the least
     every    in batches smaller than this, the blend is made anew after so many images
     """
@@ -75,7 +75,7 @@ class Shrink(Online):
     now: float = 0.3
     recall: float = 0.3
     window: float = 2000.0
-    change: float = 0.15
+    change: float = 0.17
     rows: int = 8
     every: int = 8
 
@@ -191,14 +191,25 @@ class _Shrinking(Running):
             self._lend(site, mean, second)
 
     def again(self, logits: Tensor) -> bool:
-        if self._profile is None or self._twice or not self._due or self._samples < SUDDEN:
+        if self._twice:
+            return False
+        if not self._sudden and self._changed(self._samples):
+            self._sudden = self._due = True  # what came before is nothing to normalise this batch by
+            return self._once_more(None)
+        if self._profile is None or not self._due or self._samples < SUDDEN:
             return False
         found = logits.double().cpu().softmax(1).mean(0)
         presumed = self._profile.prior if self._presumed is None else self._presumed
-        if apart(found, presumed) < 0.5 * math.sqrt(len(found) / self._samples):  # which chance explains
-            return False
+        chance = 0.5 * math.sqrt(len(found) / self._samples)
+        return apart(found, presumed) >= chance and self._once_more(found)
+
+    def _once_more(self, mix: Tensor | None) -> bool:
+        """Let the batch come again, and be normalised at this class mix."""
         self._twice, self._now, self._far = True, {}, {}
-        self._presume(found)
+        if mix is None:
+            self._presumed, self._there = None, self._home
+        else:
+            self._presume(mix)
         return True
 
     def finish(self, logits: Tensor) -> None:
@@ -208,7 +219,7 @@ class _Shrinking(Running):
         before = torch.full_like(probabilities, 1 / len(probabilities)) if self._mix is None else self._mix
         self._mix = old * before + (1 - old) * probabilities
         counts = samples * self._grouped(probabilities)
-        if self._sudden or self._changed(samples):
+        if self._sudden:
             self._forget()
         share = math.exp(-samples / self._method.window)
         for name, (first, second) in self._now.items():
@@ -229,8 +240,11 @@ class _Shrinking(Running):
 
     @property
     def moved(self) -> float:
-        far = [self._lent[name].far for name in self._early if name in self._lent]
-        return sum(far) / len(far) if far else math.nan
+        """At the first sites; where later ones show more than a class mix can, what the first would have to show for that."""
+        if not self._lent:
+            return math.nan
+        first, later = self._halves(self.drift)
+        return max(first, FIRST[0] + (FIRST[1] - FIRST[0]) * _ramp(later, *LATER) if later > LATER[0] else 0.0)
 
     def _lend(self, site: Site, mean: Tensor, second: Tensor) -> None:
         name, came = site.name, self._came()
@@ -265,9 +279,8 @@ class _Shrinking(Running):
         """How far a distance at this site is another domain's, in [0, 1], and not that of a few classes."""
         if name in self._early:
             return 1.0
-        first = [far for site, far in self._far.items() if site in self._early]
-        later = [far for site, far in self._far.items() if site not in self._early]
-        certain = max(_ramp(mean(first) if first else 0.0, *FIRST), _ramp(median(later), *LATER))
+        first, later = self._halves(self._far)
+        certain = max(_ramp(first, *FIRST), _ramp(later, *LATER))
         chosen = self._came().chosen
         return certain + (1 - certain) * (0.0 if chosen is None else variety(chosen))
 
@@ -279,8 +292,7 @@ class _Shrinking(Running):
         known = None if self._sudden else self._tallies.get(name)
         if known is not None:
             return known
-        size = (groups, len(self.held[name].mean))
-        return Tally(*(torch.zeros(shape, dtype=torch.float64) for shape in (groups, size, size)))
+        return _nothing(groups, len(self.held[name].mean))
 
     def _grouped(self, probabilities: Tensor) -> Tensor:
         """The class probabilities (K,) by the group that each class is booked under, (G,)."""
@@ -289,20 +301,22 @@ class _Shrinking(Running):
 
     def _changed(self, samples: int) -> bool:
         """Whether the last images come from another domain than those before; brings the memory of the last ones up to date."""
-        far = []
+        far: dict[str, float] = {}
         old = 0.5 ** (samples / 64)
-        for name in self._early:
-            if name not in self._now:
-                continue
-            first, second = self._now[name]
+        for name, (first, second) in self._now.items():
             one = torch.full((1,), float(samples), dtype=torch.float64)
-            fast = (
-                self._fast[name].times(old) if name in self._fast else Tally(one * 0, first[None] * 0, second[None] * 0)
-            )
+            fast = self._fast[name].times(old) if name in self._fast else _nothing(1, len(first))
             self._fast[name] = fast = fast.plus(one, first, second)
             if name in self._tallies and self._counts.images >= 64 and float(fast.samples) >= 32:
-                far.append(self._far_from_before(name, *fast.pooled()))
-        return bool(far) and sum(far) / len(far) >= self._method.change
+                far[name] = self._far_from_before(name, *fast.pooled())
+        early, later = self._halves(far)
+        return max(early, 4 * later) >= self._method.change
+
+    def _halves(self, far: Mapping[str, float]) -> tuple[float, float]:
+        """A distance at the first sites, their mean, and at those behind them, their median; 0 where there are none."""
+        first = [value for name, value in far.items() if name in self._early]
+        later = [value for name, value in far.items() if name not in self._early]
+        return mean(first) if first else 0.0, median(later) if later else 0.0
 
     def _far_from_before(self, name: str, mean: Tensor, var: Tensor) -> float:
         before, spread = self._tallies[name].pooled()
@@ -359,6 +373,12 @@ class _Shrinking(Running):
                 site.normalise_by_(self._lent[name].moments)
             else:
                 site.normalise_by_(self.held[name])
+
+
+def _nothing(groups: int, channels: int) -> Tally:
+    """A tally in which nothing was booked yet."""
+    size = (groups, channels)
+    return Tally(*(torch.zeros(shape, dtype=torch.float64) for shape in (groups, size, size)))
 
 
 def _ramp(value: float, start: float, end: float) -> float:
