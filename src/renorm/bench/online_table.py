@@ -217,11 +217,11 @@ def _orders(points: Sequence[Point]) -> list[Verdict]:
     found = []
     for bed in dict.fromkeys(p.bed for p in points):
         for way, order, batch, most in (
-            ("shrink", "bursts", 64, 3.0),
-            ("shrink", "iid", 1, 1.5),
-            ("shrink+profile", "bursts", 64, 2.0),
-            ("shrink+profile", "sorted", 64, 3.0),
-            ("shrink+profile", "iid", 1, 1.0),
+            ("shrink+guard", "bursts", 64, 3.0),
+            ("shrink+guard", "iid", 1, 1.5),
+            ("shrink+profile+guard", "bursts", 64, 2.0),
+            ("shrink+profile+guard", "sorted", 64, 3.0),
+            ("shrink+profile+guard", "iid", 1, 1.0),
         ):
             iid = {
                 (p.shift, p.seed): p.error(way) for p in points if p.bed == bed and _is(p, "iid") and way in p.values
