@@ -59,7 +59,7 @@ def _ecg(data: Path, order: str, seed: int, images: int) -> Series:
 
 @lru_cache(maxsize=2)
 def _digits(data: Path, order: str, seed: int, images: int) -> Series:
-    model, source, there, more = digit_domains(data, seed=seed)
+    model, source, there, more = digit_domains(data, seed=seed, framed=True)
     inputs, labels = torch.cat([there.inputs, more.inputs]), torch.cat([there.labels, more.labels])
     drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:images]
     return Series(model, (source.inputs, source.labels), reordered(inputs[drawn], labels[drawn], order, seed=seed))
