@@ -15,6 +15,8 @@ from safetensors import safe_open
 
 from renorm.cli import main
 from renorm.cli.screen import Screen
+from renorm.errors import UsageError
+from renorm.files import claimed
 from tests.test_cli import NETS, Ran, Terminal, refused
 
 WIDE = NETS.replace("def net():", "def net(num_classes=2):").replace("nn.Linear(4, 2)", "nn.Linear(4, num_classes)")
@@ -93,6 +95,34 @@ def test_what_cannot_be_trained_is_refused(folder: Path, renorm: Callable[[str],
     refused(renorm("finetune nets.py:net two.npz -o new.pt --epochs 0"), "epochs is a whole number")
     refused(renorm("finetune nets.py:net two.npz"), "needs -o OUT")
     assert not (folder / "new.pt").exists()
+
+
+def test_one_output_is_of_one_process_and_training_outlives_a_full_disk(
+    folder: Path, renorm: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "finetune nets.py:net two.npz -o new.safetensors --epochs 1 --lr 0.02 --policy all"
+    with claimed(folder / "new.safetensors"):
+        refused(renorm(words), "another process is at work on new.safetensors")
+    assert renorm(words.replace("-o new", "-o whole")).code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "renorm.files._flush", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        refused(renorm(words), "No space left on device", "With --run-folder DIR the training would have been kept.")
+    with monkeypatch.context() as patched:
+        patched.setattr("renorm.checkpoints.writing", _full)
+        refused(
+            renorm(f"{words} --run-folder run"), "The training is kept in run: the same command goes on from there."
+        )
+    ran = renorm(f"{words} --run-folder run --format json")
+    assert (ran.code, ran.err) == (0, "")
+    with safe_open("whole.safetensors", "pt") as whole, safe_open("new.safetensors", "pt") as kept:
+        assert all(torch.equal(whole.get_tensor(n), kept.get_tensor(n)) for n in whole.keys())
+    assert not [path for path in folder.iterdir() if path.suffix == ".lock"]
+
+
+def _full(path: Path, *, force: bool) -> object:
+    raise UsageError(f"cannot write {path}: No space left on device.")
 
 
 def test_the_same_command_goes_on_after_a_stop(

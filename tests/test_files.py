@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from renorm import files
 from renorm.errors import FileExists, UsageError
-from renorm.files import refuse_existing, sha256, writing
+from renorm.files import claimed, no_room, refuse_existing, sha256, writing
 
 
 def test_the_file_appears_whole_when_the_block_succeeds(tmp_path: Path) -> None:
@@ -146,3 +155,110 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(data)
     assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+# ── a full disk ──
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes inside: what a full disk looks like to whoever writes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "bytes": lambda path: path.write_bytes(bytes(1 << 16)),
+    "safetensors": lambda path: save_file({"a": torch.zeros(1 << 14)}, path),
+    "torch": lambda path: torch.save({"a": torch.zeros(1 << 14)}, path),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_said_and_leaves_nothing(writer: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    with (
+        pytest.raises(UsageError, match=r"cannot write .*out\.pt: .*\. Make room, or give a name on another disk"),
+        room_for(4096),
+        writing(out) as temporary,
+    ):
+        WRITERS[writer](temporary)
+    assert os.listdir(tmp_path) == []
+    with writing(out) as temporary:
+        WRITERS[writer](temporary)
+    assert os.listdir(tmp_path) == ["out.pt"]
+
+
+def test_what_is_no_full_disk_is_not_taken_for_one(tmp_path: Path) -> None:
+    assert not no_room(FileNotFoundError(errno.ENOENT, "No such file"))
+    assert not no_room(RuntimeError("os error 280"))
+    with pytest.raises(FileNotFoundError, match="an image"), writing(tmp_path / "out.pt"):
+        raise FileNotFoundError(errno.ENOENT, "an image")
+
+
+# ── one process at a time ──
+
+
+CLAIM = """
+import sys
+from renorm.files import claimed
+with claimed(sys.argv[1]):
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_an_output_that_another_process_is_at_work_on_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", CLAIM, str(out)], **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(UsageError, match=r"another process is at work on .*out\.pt; let it finish"), claimed(out):
+            pass
+        with claimed(tmp_path / "other.pt"):
+            pass
+        other.kill()
+    assert os.listdir(tmp_path) == [".out.pt.lock"], "of a process that was killed"
+    with claimed(out):
+        out.touch()
+    assert os.listdir(tmp_path) == ["out.pt"]
+
+
+def test_a_lock_that_its_owner_takes_away_meanwhile_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks: list[int] = []
+
+    def lock(file: Any) -> None:
+        locks.append(file.fileno())
+        if len(locks) == 1:
+            (tmp_path / ".out.pt.lock").unlink()
+
+    monkeypatch.setattr(files, "lock", lock)
+    with claimed(tmp_path / "out.pt"):
+        assert len(locks) == 2
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_nothing_can_be_locked_or_made_it_is_as_before_or_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with (
+        pytest.raises(UsageError, match=r"cannot write .*out\.pt: No such file or directory"),
+        claimed(tmp_path / "none" / "out.pt"),
+    ):
+        pass
+    monkeypatch.setattr(files, "lock", refuse)
+    with claimed(tmp_path / "out.pt"):
+        pass
+    assert os.listdir(tmp_path) == []

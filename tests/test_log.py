@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_locked_is_heard(
     def refuse(file: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("renorm.runs._lock", refuse)
+    monkeypatch.setattr("renorm.runs.lock", refuse)
     Run(tmp_path / "run", {}).close()
     (record,) = caplog.records
     assert record.name == "renorm"

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from renorm.errors import FileExists, UsageError
 
-__all__ = ["refuse_existing", "sha256", "writing"]
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = ["claimed", "is_held", "lock", "no_room", "refuse_existing", "sha256", "writing"]
+
+HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what flock, and Windows' locking, say of another's lock
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# libraries hide the system's error in their own: safetensors its number, torch.save all but where in its own code it failed
+WRAPPED = re.compile(rf"os error ({'|'.join(map(str, FULL))})\b|inline_container|iostream error|No space left")
 
 
 def refuse_existing(path: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -46,7 +60,7 @@ def writing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Pa
     On any failure, Ctrl-C included, the temporary file is removed and `path` is as it was.
 
     Raises:
-        FileExists, UsageError: as `refuse_existing`, and when the folder cannot be written to.
+        FileExists, UsageError: as `refuse_existing`, and when the folder cannot be written to or the disk is full.
     """
     target = refuse_existing(path, force=force)
     temporary = target.with_name(f".{target.stem[:64]}.{secrets.token_hex(4)}{target.suffix}")
@@ -59,8 +73,65 @@ def writing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Pa
         yield temporary
         _flush(temporary)
         _put(temporary, target, force)
+    except Exception as error:
+        if not no_room(error):
+            raise
+        said = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot write {target}: {said}. Make room, or give a name on another disk.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, no other process that asks for the same may write to `path`: for work that would be lost at its end.
+
+    Raises:
+        UsageError: another process has claimed it.
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name[:64]}.lock")
+    while True:
+        try:
+            file = beside.open("a")
+        except OSError as error:
+            raise _cannot(target, error) from error
+        try:
+            lock(file)
+        except OSError as error:
+            if is_held(error):
+                file.close()
+                raise UsageError(
+                    f"another process is at work on {target}; let it finish, or give another name."
+                ) from error
+        if beside.exists() and os.path.samestat(os.fstat(file.fileno()), beside.stat()):
+            break
+        file.close()  # whoever had it took it away meanwhile
+    try:
+        yield
+    finally:
+        if sys.platform == "win32":
+            file.close()  # or it cannot be taken away
+        beside.unlink(missing_ok=True)
+        file.close()
+
+
+def lock(file: IO[str]) -> None:
+    """Lock for as long as the file is open; OSError where that cannot be, and `is_held` where another process has it."""
+    if sys.platform == "win32":
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_held(error: OSError) -> bool:
+    """Whether `lock` failed since another process has the lock, and not on a file system that knows none."""
+    return error.errno in HELD
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether the disk, or what one may use of it, is full: also as safetensors and torch.save say it."""
+    return error.errno in FULL if isinstance(error, OSError) else bool(WRAPPED.search(str(error)))
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

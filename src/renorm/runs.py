@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +13,10 @@ import torch
 from torch import Tensor
 
 from renorm.errors import CheckpointError, Diverged, UsageError
-from renorm.files import writing
+from renorm.files import is_held, lock, no_room, writing
 from renorm.log import LOGGER
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 CHECKPOINT = "checkpoint.safetensors"
-HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what flock, and Windows' locking, say of another's lock
 
 
 @dataclass(frozen=True)
@@ -62,9 +53,9 @@ class Run:
                 f"{self.folder} cannot hold a run: {error.strerror or error}. Give the name of a folder."
             ) from error
         try:
-            _lock(self._lock)
+            lock(self._lock)
         except OSError as error:
-            if error.errno not in HELD:  # a file system that knows no locks, as some network folders
+            if not is_held(error):  # a file system that knows no locks, as some network folders
                 LOGGER.warning("%s cannot be locked (%s): start no second run in it", self.folder, error.strerror)
             else:
                 self.close()
@@ -126,12 +117,14 @@ class Run:
                 save_file(
                     {n: t.detach().cpu().clone().contiguous() for n, t in saved.tensors.items()}, temporary, metadata
                 )
-        except Exception as error:  # safetensors wraps the system's errors in its own
-            if not isinstance(error, OSError) and not re.search("os error|space|Io", str(error)):
+        except Exception as error:
+            cause = error.__cause__ or error
+            if not isinstance(cause, OSError) and not no_room(cause):
                 raise
+            kept = "The one of before stands" if self.path.exists() else "There is none of before"
             raise CheckpointError(
-                f"the checkpoint could not be written to {self.folder}: {error}. The one of before stands; make room, "
-                "and start again to go on from there."
+                f"the checkpoint could not be written to {self.folder}: {cause}. {kept}; make room, and start again to go "
+                "on from there."
             ) from error
 
     def close(self) -> None:
@@ -152,14 +145,6 @@ class Unsaved:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _lock(file: IO[str]) -> None:
-    """Lock for as long as the file is open; OSError, of an errno in HELD, where another process has it."""
-    if sys.platform == "win32":
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _short(value: Any) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from renorm.cli.base import argument, option
@@ -54,13 +56,20 @@ class Trains(OnModel):
         return model, self.dataset(self.data, model)
 
     def run(self, screen: Screen) -> Report:
-        from renorm.checkpoints import writable, write
+        from renorm.checkpoints import writable
+        from renorm.files import claimed
+
+        target = writable(self.output, force=self.force)
+        with claimed(target) if _is_main() else nullcontext():
+            return self._run(target, screen)
+
+    def _run(self, target: Path, screen: Screen) -> Report:
         from renorm.errors import DataError
         from renorm.provenance import fingerprint, provenance
         from renorm.report import finetuned as page
         from renorm.report.base import Report
 
-        target, recipe = writable(self.output, force=self.force), self.recipe()
+        recipe = self.recipe()
         model, dataset = self.prepared()
         if dataset.labels is None:
             raise DataError(f"{self.data} has no labels to train on. Give class subfolders, or an array of labels.")
@@ -81,8 +90,7 @@ class Trains(OnModel):
             classes=list(names or ()),
             steps=result.steps,
         )
-        if _is_main():
-            write(model.module, target, provenance=made, force=self.force)
+        self._write(model, target, made)
         return Report(
             command=self.name,
             model=self.model,
@@ -93,6 +101,20 @@ class Trains(OnModel):
             notes=(*result.notes, *notes(model, dataset, val)),
             origin=self.origin_of(model, dataset, fingerprinted=origin),
         )
+
+    def _write(self, model: Model, target: Path, made: Mapping[str, Any]) -> None:
+        from renorm.checkpoints import write
+        from renorm.errors import FileExists, UsageError
+
+        if not _is_main():
+            return
+        try:
+            write(model.module, target, provenance=made, force=self.force)
+        except (UsageError, FileExists) as error:
+            again = "With --run-folder DIR the training would have been kept."
+            if self.run_folder:
+                again = f"The training is kept in {self.run_folder}: the same command goes on from there."
+            raise type(error)(f"{error} {again}") from error
 
 
 @dataclass(frozen=True)
