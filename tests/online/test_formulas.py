@@ -365,14 +365,16 @@ class Signs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.looks += 1
-        score = self.product(self.between(self.inputs(x)).prod(1, keepdim=True))
+        score = self.product(self.between(self.inputs(x)).prod(1, keepdim=True)).mean(2)
         return torch.cat([-5 * score, 5 * score], 1)
 
 
 def signs(labels: Tensor) -> Tensor:
     size = 1 + 0.1 * torch.randn(len(labels), 2)
     first = (torch.arange(len(labels)) // 2 % 2 * 2 - 1).float()  # independent of the class
-    return size * torch.stack([first, first * (2 * labels - 1)], 1)
+    return (size * torch.stack([first, first * (2 * labels - 1)], 1))[:, :, None] + 0.05 * torch.randn(
+        len(labels), 2, 4
+    )
 
 
 def trained() -> tuple[Signs, list[tuple[Tensor, Tensor]]]:
@@ -409,7 +411,32 @@ def test_one_class_alone_is_not_taken_for_another_domain_by_later_sites(
     stream(factor * signs(labels))
     after = held(model.product)
     assert (abs(after[0] - before[0])[0] > 1e-3 or abs(after[1] / before[1] - 1)[0] > 1e-3) == moves
+    assert not math.isnan(stream.log[-1].moved)
     assert list(stream.log[-1].drift) == ["inputs", *(f"between.{k}" for k in range(4)), "product"]
+
+
+def test_vectors_say_nothing_of_a_domain_at_the_first_site() -> None:
+    feed = batches(32, 32, 32, shape=(6,))
+    for name in ("shrink", "batch"):
+        stream = adapt_(net(), name, guard=False)
+        for x in feed:
+            stream(5 * x + 3)
+        assert math.isnan(stream.log[-1].moved)
+        assert stream._running.changes == 0
+
+
+def test_another_domain_is_noticed_in_its_first_batch_which_is_normalised_anew() -> None:
+    torch.manual_seed(0)
+    model, _ = trained()
+    stream = adapt_(model, "shrink", guard=False)
+    for _ in range(4):
+        stream(signs(BOTH))
+    before = stream._running.state()["images"][0]
+    model.looks = 0
+    stream(3 * signs(BOTH) + 1)
+    assert stream._running.changes == 1
+    assert before == pytest.approx(64 * sum(math.exp(-64 * k / 2000) for k in range(4)))
+    assert stream._running.state()["images"][0] == 64  # all before is forgotten
 
 
 # ── with gradients ──

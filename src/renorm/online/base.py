@@ -245,7 +245,8 @@ def as_if(site: Site, x: Tensor, mean: Tensor, var: Tensor, held: Moments) -> Te
 class Early:
     """How far the stream's recent images lie from the source at the first sites, where other classes hardly show.
 
-    The first three sites, or a quarter of them where that is fewer, over the last 512 images or so.
+    The first three sites, or a quarter of them where that is fewer, over the last 512 images or so. Vectors say nothing: their
+    class shows at the first site as at any.
     """
 
     def __init__(self, sites: Sequence[Site], held: Mapping[str, Moments]) -> None:
@@ -256,7 +257,7 @@ class Early:
 
     def see(self, site: Site, x: Tensor) -> None:
         """Take note of what comes to `site`, if it is one of the first; it counts from `commit` on."""
-        if site.name not in self._held or (now := glance(x, axis=site.axis, rows=8)) is None:
+        if site.name not in self._held or not has_places(site, x) or (now := glance(x, axis=site.axis, rows=8)) is None:
             return
         before = self._seen.get(site.name)
         images, total = (before.count, before.count + x.shape[0]) if before else (0.0, float(x.shape[0]))
@@ -289,6 +290,11 @@ class Early:
         known = {name: state[f"early.{name}"] for name in self._held if f"early.{name}" in state}
         self._seen = {name: Moments(float(row[0]), *row[1:].chunk(2)) for name, row in known.items()}
         self._now = {}
+
+
+def has_places(site: Site, x: Tensor) -> bool:
+    """Whether a sample of `x` has many values per channel, of which no single one is its class's. Shapes: x (N, C, *)."""
+    return x.dim() > 1 and x.numel() > x.shape[0] * x.shape[site.axis]
 
 
 def few(images: float) -> float:

@@ -23,15 +23,17 @@ from renorm.online.base import (
     few,
     first_sites,
     glance,
+    has_places,
     source_units,
 )
-from renorm.online.kinds.mixes import Pair, Tally, apart, at_home, class_by_class, moved, variety
+from renorm.online.kinds.mixes import Counts, Pair, Tally, apart, at_home, class_by_class, moved, variety
 from renorm.profile import Profile
 from renorm.sites import Site
 
 SUDDEN = 16  # images in a batch that say by themselves that another domain has begun
 GROUPED = 400_000  # numbers in all that moments kept apart by class may take: 1.6 MB at ResNet-50 would be too many
 FIRST = 0.05, 0.12  # `moved` at the first sites that a class mix can explain, and that only another domain can
+USUAL = 3.0  # a stream whose batches differ much anyway has to differ so much more before it changes its domain
 LATER = 0.05, 0.09  # the same as the median of the sites behind them, few of which tell classes apart
 
 
@@ -97,34 +99,6 @@ class Lent(NamedTuple):
     far: float
 
 
-class Counts(NamedTuple):
-    """What came so far, older samples counted less: how many, and by class. Shapes: (K,) each.
-
-    classes   sums of probabilities
-    chosen    answers
-    pure      sums of probabilities, less where a batch has less of a class than the source: those may be mistakes
-    """
-
-    images: float = 0.0
-    classes: Tensor | None = None
-    chosen: Tensor | None = None
-    pure: Tensor | None = None
-
-    def plus(self, rows: Tensor, share: float, prior: Tensor | None) -> Counts:
-        """With a batch of these probabilities more, (N, K), and all before it counted `share`."""
-        mean, samples = rows.mean(0), len(rows)
-        chosen = torch.bincount(rows.argmax(1), minlength=rows.shape[1]).double()
-        pure = None if prior is None else samples * mean * (mean / prior.clamp_min(TINY)).clamp_max(1)
-        old = self.classes, self.chosen, self.pure
-        new = samples * mean, chosen, pure
-        kept = (b if a is None or b is None else share * a + b for a, b in zip(old, new, strict=True))
-        return Counts(share * self.images + samples, *kept)
-
-    def state(self) -> State:
-        """As named tensors, but for the number of images."""
-        return {key: value.clone() for key, value in self._asdict().items() if isinstance(value, Tensor)}
-
-
 class _Shrinking(Running):
     def __init__(self, subject: Subject, method: Shrink) -> None:
         super().__init__(subject)
@@ -141,7 +115,7 @@ class _Shrinking(Running):
         self._there = self._home
         self._start_anew()
         self._samples, self._learn, self._due = 0, True, True
-        self._sudden = self._twice = False
+        self._sudden = self._twice = self._blind = False
         self._now: dict[str, Pair] = {}
         self._far: dict[str, float] = {}
         self._lent: dict[str, Lent] = {}
@@ -154,6 +128,7 @@ class _Shrinking(Running):
         self._presumed: Tensor | None = None  # of the classes in the batch that is being normalised
         self._counts = Counts()
         self._pending = 0
+        self._usual: float | None = None  # distance of the last images from those before
         self.changes = 0
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
@@ -179,8 +154,10 @@ class _Shrinking(Running):
         if seen is None:
             return
         mean, var = source_units(seen, self.held[site.name])
+        if site.name == self._early[0]:
+            self._blind = not has_places(site, x)
         first = site.name == self._early[0] and site.name in self._tallies
-        if first and self._due and self._samples >= SUDDEN and not self._sudden:
+        if first and self._due and self._samples >= SUDDEN and not self._sudden and not self._blind:
             if self._far_from_before(site.name, mean, var) * few(self._samples) > 2 * self._method.change:
                 self._sudden, self._there = True, self._home  # for this batch; forgotten once it went through
         second = var + mean.square()
@@ -198,7 +175,7 @@ class _Shrinking(Running):
             return self._once_more(None)
         if self._profile is None or not self._due or self._samples < SUDDEN:
             return False
-        found = logits.double().cpu().softmax(1).mean(0)
+        found = self._believable(logits.double().cpu().softmax(1).mean(0))
         presumed = self._profile.prior if self._presumed is None else self._presumed
         chance = 0.5 * math.sqrt(len(found) / self._samples)
         return apart(found, presumed) >= chance and self._once_more(found)
@@ -214,7 +191,7 @@ class _Shrinking(Running):
 
     def finish(self, logits: Tensor) -> None:
         rows = logits.detach().double().cpu().softmax(1)
-        probabilities, samples = rows.mean(0), self._samples
+        probabilities, samples = self._believable(rows.mean(0)), self._samples
         old = self._method.recall ** (samples / 64)
         before = torch.full_like(probabilities, 1 / len(probabilities)) if self._mix is None else self._mix
         self._mix = old * before + (1 - old) * probabilities
@@ -224,7 +201,8 @@ class _Shrinking(Running):
         share = math.exp(-samples / self._method.window)
         for name, (first, second) in self._now.items():
             self._tallies[name] = self._tally(name, len(counts)).times(share).plus(counts, first, second)
-        self._counts = self._counts.plus(rows, share, None if self._profile is None else self._profile.prior)
+        prior = None if self._profile is None else self._profile.prior
+        self._counts = self._counts.plus(probabilities, rows, share, prior)
         self._pending = 0 if self._due else self._pending + samples
         self._lent |= self._trial
         self._trial = {}
@@ -241,7 +219,7 @@ class _Shrinking(Running):
     @property
     def moved(self) -> float:
         """At the first sites; where later ones show more than a class mix can, what the first would have to show for that."""
-        if not self._lent:
+        if self._blind or not self._lent:
             return math.nan
         first, later = self._halves(self.drift)
         return max(first, FIRST[0] + (FIRST[1] - FIRST[0]) * _ramp(later, *LATER) if later > LATER[0] else 0.0)
@@ -280,7 +258,7 @@ class _Shrinking(Running):
         if name in self._early:
             return 1.0
         first, later = self._halves(self._far)
-        certain = max(_ramp(first, *FIRST), _ramp(later, *LATER))
+        certain = 0.0 if self._blind else max(_ramp(first, *FIRST), _ramp(later, *LATER))
         chosen = self._came().chosen
         return certain + (1 - certain) * (0.0 if chosen is None else variety(chosen))
 
@@ -293,6 +271,14 @@ class _Shrinking(Running):
         if known is not None:
             return known
         return _nothing(groups, len(self.held[name].mean))
+
+    def _believable(self, found: Tensor) -> Tensor:
+        """The class mix (K,) that a batch's answers show, as far as the profile can vouch for it (`Profile.belief`)."""
+        if self._profile is None:
+            return found
+        prior = self._profile.prior.clamp_min(1e-3 / len(found))
+        mix = prior * (found.clamp_min(TINY) / prior).pow(self._profile.belief)
+        return mix / mix.sum()
 
     def _grouped(self, probabilities: Tensor) -> Tensor:
         """The class probabilities (K,) by the group that each class is booked under, (G,)."""
@@ -309,8 +295,14 @@ class _Shrinking(Running):
             self._fast[name] = fast = fast.plus(one, first, second)
             if name in self._tallies and self._counts.images >= 64 and float(fast.samples) >= 32:
                 far[name] = self._far_from_before(name, *fast.pooled())
+        if self._blind or not far:
+            return False
         early, later = self._halves(far)
-        return max(early, 4 * later) >= self._method.change
+        score, usual = max(early, 4 * later), self._usual
+        if score >= max(self._method.change, USUAL * (usual or 0.0)):
+            return True
+        self._usual = score if usual is None else 0.8 * usual + 0.2 * score
+        return False
 
     def _halves(self, far: Mapping[str, float]) -> tuple[float, float]:
         """A distance at the first sites, their mean, and at those behind them, their median; 0 where there are none."""

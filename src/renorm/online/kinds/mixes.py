@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from renorm.moments import TINY
@@ -40,6 +41,34 @@ class Tally(NamedTuple):
         total = self.samples.sum().clamp_min(TINY)
         mean = self.first.sum(0) / total
         return mean, (self.second.sum(0) / total - mean.square()).clamp_min(TINY)
+
+
+class Counts(NamedTuple):
+    """What came so far, older samples counted less: how many, and by class. Shapes: (K,) each.
+
+    classes   sums of probabilities
+    chosen    answers
+    pure      sums of probabilities, less where a batch has less of a class than the source: those may be mistakes
+    """
+
+    images: float = 0.0
+    classes: Tensor | None = None
+    chosen: Tensor | None = None
+    pure: Tensor | None = None
+
+    def plus(self, mean: Tensor, rows: Tensor, share: float, prior: Tensor | None) -> Counts:
+        """With a batch of these probabilities more, (N, K), taken for this class mix, and all before it counted `share`."""
+        samples = len(rows)
+        chosen = torch.bincount(rows.argmax(1), minlength=rows.shape[1]).double()
+        pure = None if prior is None else samples * mean * (mean / prior.clamp_min(TINY)).clamp_max(1)
+        old = self.classes, self.chosen, self.pure
+        new = samples * mean, chosen, pure
+        kept = (b if a is None or b is None else share * a + b for a, b in zip(old, new, strict=True))
+        return Counts(share * self.images + samples, *kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """As named tensors, but for the number of images."""
+        return {key: value.clone() for key, value in self._asdict().items() if isinstance(value, Tensor)}
 
 
 def moved(mean: Tensor, var: Tensor, *, eps: Tensor) -> float:
