@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from renorm.bench.planted import PLANTS, run
 from renorm.bench.threads import THREADS
 from renorm.rules.base import catalogue
 from tests.data import shared
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "doctor-quick.jsonl"
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -37,6 +40,18 @@ def test_every_rule_that_is_planted_exists_and_there_are_enough_models() -> None
 def test_the_grid_has_every_part() -> None:
     parts = {cell["part"] for cell in suite().cells()}
     assert parts == {"sick", "healthy", "planted", "real", "thread", "cost"}
+
+
+def test_what_the_rules_page_says_of_planted_strengths_is_what_was_measured() -> None:
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    planted = [(row["cell"], row["values"]["found"]) for row in rows if row["cell"]["part"] == "planted"]
+    for name, plant in PLANTS.items():
+        assert plant.sure in plant.certain
+        for cell, found in planted:
+            if cell["plant"] == name and cell["strength"] in plant.certain:
+                assert found == 1.0, cell
+            if cell["plant"] == name and cell["strength"] == plant.strengths[0]:
+                assert found == 0.0, cell
 
 
 @pytest.mark.slow

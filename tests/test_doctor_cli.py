@@ -145,3 +145,15 @@ def test_passes_are_kept_to_and_what_is_left_out_is_said(sick: Path, renorm: Run
     ran = renorm("doctor nets.py:net near.npz --passes 1 --fail-on never --format json")
     assert {"BN301", "BN310"} <= set(ran.json["result"]["skipped"])
     assert "more than 1 passes" in renorm("doctor nets.py:net near.npz --passes 1 --fail-on never").out
+
+
+def test_the_group_of_each_sample_is_its_domain(sick: Path, renorm: Run) -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    light = rng.integers(0, 256, (60, 8, 8, 3)).astype(np.uint8)
+    np.savez("two.npz", images=np.concatenate([light, light // 3]), camera=np.repeat(["door", "gate"], 60))
+    words = "doctor nets.py:net two.npz --format json --fail-on never"
+    found = [f for f in renorm(f"{words} --group camera").json["result"]["findings"] if f["rule"] == "BN306"]
+    assert found
+    assert any(name in found[0]["message"] for name in ("door", "gate"))

@@ -6,6 +6,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from renorm.bench.planted import PLANTS
 from renorm.costs import price
 from renorm.rules.base import Rule, catalogue
 
@@ -22,7 +23,7 @@ def made() -> str:
         limits = ", ".join(f"{name} {value:g}" for name, value in _limits(rule)) or "any"
         rows.append(f"| [{id}](#{id.lower()}) | {rule.title} | {_passes(rule)} | {limits} | {_mends(rule)} |")
         told.append(
-            f"### {id}\n\n**{str(rule.title)[:1].upper()}{str(rule.title)[1:]}.** {_claim(rule)}\n{_reasons(rule)}"
+            f"### {id}\n\n**{str(rule.title)[:1].upper()}{str(rule.title)[1:]}.** {_claim(rule)}\n{_reasons(rule)}{_curve(id)}"
         )
     return "\n".join(rows) + "\n\n" + "\n".join(told)
 
@@ -52,6 +53,17 @@ def _reasons(rule: type[Rule]) -> str:
     """The comments that stand in front of the limits: the measurements that set them."""
     found = re.findall(r"((?: {4}# .*\n)+) {4}\w+: (?:float|int) =", _text(rule))
     return "".join("\n" + " ".join(line.strip("# ") for line in block.splitlines()) + "\n" for block in found)
+
+
+def _curve(id: str) -> str:
+    """From which planted strength on `renorm bench doctor` finds every one."""
+    told = [
+        f"\nPlanted ({name}), every one is found from {plant.sure:g} on: "
+        "[the curve](../benchmarks/results/doctor.md#statistical-rules-over-the-planted-strength).\n"
+        for name, plant in PLANTS.items()
+        if plant.rule == id
+    ]
+    return "".join(told)
 
 
 def _text(rule: type[Rule]) -> str:
