@@ -24,6 +24,7 @@ from renorm.accuracy import (
     look,
     mean_moved,
     signals,
+    spread,
 )
 from renorm.calls import Caller
 from renorm.doctor import diagnose
@@ -84,6 +85,14 @@ def test_the_interval_narrows_with_samples_down_to_what_the_witnesses_do_not_kno
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] == pytest.approx(0.1, abs=1e-3)
     assert half_width(0.5, 100, 0.0) == pytest.approx(1.645 * 0.05)
+
+
+def test_the_interval_widens_as_the_moments_move() -> None:
+    assert spread(0.0, (0.1, 0.4)) == pytest.approx(0.1)
+    assert spread(FAR, (0.1, 0.4)) == pytest.approx(0.25)
+    assert spread(100.0, (0.1, 0.4)) == pytest.approx(0.4, abs=1e-6)
+    near, far = (estimate(Signals(0.8, 0.8, None, None, None, moved), samples=10**6) for moved in (0.0, 1.0))
+    assert near.interval[0] > far.interval[0]
 
 
 def test_what_is_lost_is_against_the_source() -> None:

@@ -185,7 +185,7 @@ def rows(errors: Any = (0.0, 0.05, 0.1)) -> list[Row]:
 def test_a_fit_holds_nine_in_ten_of_what_it_was_fitted_on() -> None:
     made = fit(points(rows()), True)
     assert sum(made.covers(p, True) for p in points(rows())) >= 0.9 * 12
-    assert not all(Fit(made.far, 0.0).covers(p, True) for p in points(rows((0.3,) * 3)))
+    assert not all(Fit(made.far, (0.0, 0.0)).covers(p, True) for p in points(rows((0.3,) * 3)))
 
 
 def test_the_table_stands_with_any_part_of_the_rows() -> None:

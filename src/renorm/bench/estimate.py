@@ -74,10 +74,7 @@ MIXED = (CLEAN, "gaussian_noise", "contrast")
 
 
 class Estimate(Suite):
-    """Networks under corruptions, other class mixes and unknown classes; every estimate beside the truth.
-
-    The constants were set on the first three networks; the two that are trained here only check them.
-    """
+    """Networks under corruptions, other class mixes and unknown classes; every estimate beside the truth."""
 
     name: ClassVar[str] = "estimate"
     revision: ClassVar[int] = 1

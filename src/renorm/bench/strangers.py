@@ -1,4 +1,4 @@
-"""Two networks that no constant was set on, trained in a few seconds: handwritten digits, and chest X-rays of children.
+"""Two networks of other kinds, trained in a few seconds: handwritten digits, and chest X-rays of children.
 
 The digits meet their corruptions and two other data sets of digits, the X-rays corruptions. Images are padded to 32 x 32.
 """

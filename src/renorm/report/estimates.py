@@ -125,7 +125,7 @@ def _drawn(estimate: Accuracy) -> Spans:
         full=(0.0, 1.0),
         across=say("share of right answers"),
         note=say(
-            "The line is the interval that held the truth nine times in ten on networks and shifts that it was not fitted "
-            "on. Each witness alone is wrong in its own way: see docs/shift-or-mismatch.md."
+            "The line is the interval that held the truth nine times in ten on each of five networks; one of another kind may "
+            "lie outside more often. Each witness alone is wrong in its own way: see docs/shift-or-mismatch.md."
         ),
     )
