@@ -102,7 +102,8 @@ class Command(ABC):
 def _named(each: Field[Any]) -> str:
     if each.metadata.get("argument"):
         return each.name.upper()
-    return f"{each.metadata['short']} {each.metadata['metavar']}"
+    flag = each.metadata["short"] or "--" + each.name.replace("_", "-")
+    return f"{flag} {each.metadata['metavar']}"
 
 
 @dataclass(frozen=True)
