@@ -59,7 +59,7 @@ class Compression(Suite):
             for bed in BEDS:
                 for point in GRIDS[self.size]:
                     yield Cell.of(bed=bed, **point, seed=seed)
-            for bed in ("digits",) if self.size == "quick" else ("digits", *BEDS):
+            for bed in ("digits", "resnet20") if self.size == "quick" else ("digits", *BEDS):
                 yield Cell.of(bed=bed, how="averaged", amount=2, images=64, form="both", seed=seed)
 
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
