@@ -21,6 +21,11 @@ people write (Adam at 0.001, `train()`), *plain, BN in eval* the same with its b
 `BackboneFinetuning`, with the backbone from a third of the epochs on. fastai's `fine_tune` is not among them: it brings
 forty packages, among them a web server and spaCy. The rate of "auto" was set on tinyimagenet20 at 15 %, seed 0, and the rule
 by which it chooses a policy after looking at the rows of the other policies: its own rows are not independent of that.
+
+Of two targets on adapters the reasons are known. A norm layer has four numbers a channel, the layer before it as many weights a
+channel as it has inputs: with fewer than about 130 inputs the norm part is above 3 % whatever is trained, and the network for
+gas has 64 and 128. USPS has the digits of MNIST, but they fill the whole frame: features have to learn another size, which no
+scale and shift of channels gives them; on the gases, whose sensors drift, norm layers are enough.
 """
 FEW = 0.15  # the target speaks of shares of labels up to this
 POLICIES = ("all", "frozen-statistics", "recalibrate-then-freeze", "affine-and-head", "head-only", "few-labels")
@@ -98,7 +103,10 @@ def _jointly(rows: Sequence[Row], pairs: Sequence[str]) -> Iterator[list[str]]:
 def _means(errors: Errors, ways: Sequence[str]) -> Iterator[list[str]]:
     for (task, share), found in errors.items():
         cells = [list(found.get(way, {}).values()) for way in ways]
-        yield [task, f"{share:.0%}", *(f"{np.mean(values):.1f}" if values else "–" for values in cells)]
+        most = max(map(len, cells))
+        # an interrupted run leaves some seeds out, and means over others are not to be compared
+        means = [f"{np.mean(v):.1f}" + (f" ({len(v)} of {most})" if len(v) < most else "") if v else "–" for v in cells]
+        yield [task, f"{share:.0%}", *means]
 
 
 def _differences(ways: dict[str, dict[int, float]], one: str, other: str) -> list[float]:
@@ -138,16 +146,16 @@ def _adapters(rows: Sequence[Row], errors: Errors) -> Iterator[tuple[str, str, s
         words = ", ".join(f"{task} {share:.1%}" for task, share in shares.items())
         what = f"the norm part of an adapter at most {NORM_PART:.0%} of the checkpoint"
         yield what, words, _said(max(shares.values()) <= NORM_PART)
-    losses = [
-        loss
+    losses = {
+        task: found
         for (task, share), ways in errors.items()
-        if task in NEAR and share == FEW
-        for loss in _differences(ways, "affine-and-head", "all")
-    ]
+        if task in NEAR and share == FEW and (found := _differences(ways, "affine-and-head", "all"))
+    }
     if losses:
-        loss = paired(losses)
+        loss = paired([each for found in losses.values() for each in found])
+        each = ", ".join(f"{task} {np.mean(found):+.1f}" for task, found in losses.items())
         what = f"an adapter within {ADAPTER:.0f} points of `all` on near domains at 15 %"
-        yield what, loss.text(), _said(loss.mean <= ADAPTER)
+        yield what, f"{loss.text()}: {each}", _said(loss.mean <= ADAPTER)
 
 
 def _cost(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
