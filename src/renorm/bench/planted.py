@@ -114,12 +114,16 @@ def _ranks(case: Case, strength: float, seed: int) -> Case:
 
 
 class Plant(NamedTuple):
-    """A fault, the rule that should find it, and strengths from none at all on; from `sure` on every one must be found."""
+    """A fault, the rule that should find it, and strengths from none at all on; from `sure` on every one must be found.
+
+    `passes` are enough for that rule, and too few for the looks that others want.
+    """
 
     make: Callable[[Case, float, int], Case]
     rule: str
     strengths: tuple[float, ...]
     sure: float
+    passes: int = 1
 
     @property
     def certain(self) -> tuple[float, ...]:
@@ -128,24 +132,23 @@ class Plant(NamedTuple):
 
 
 PLANTS: Mapping[str, Plant] = {
-    "means of two ranks apart by, sd": Plant(_ranks, "BN204", (0.0, 0.1, 0.2, 0.3, 0.5), 0.3),
+    "means of two ranks apart by, sd": Plant(_ranks, "BN204", (0.0, 0.1, 0.2, 0.3, 0.5), 0.3, passes=0),
     "means of a layer moved, sd": Plant(_shifted, "BN302", (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0), 0.4),
-    "every variance multiplied by": Plant(_blurred, "BN301", (1.0, 1.1, 1.2, 1.3, 1.5, 2.0), 1.3),
+    "every variance multiplied by": Plant(_blurred, "BN301", (1.0, 1.1, 1.2, 1.3, 1.5, 2.0), 1.5, passes=10),
     "images sorted, share": Plant(_sorted, "BN305", (0.0, 0.25, 0.5, 0.75, 1.0), 0.5),
-    "images under noise, share": Plant(_noisy, "BN306", (0.0, 0.05, 0.1, 0.2, 0.35, 0.5), 0.2),
-    "padded steps, share": Plant(_padding, "BN307", (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 0.2),
+    "images under noise, share": Plant(_noisy, "BN306", (0.0, 0.05, 0.1, 0.2, 0.35, 0.5), 0.2, passes=4),
+    "padded steps, share": Plant(_padding, "BN307", (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 0.2, passes=4),
     "updates before the stop": Plant(_updates, "BN308", (40.0, 28.0, 20.0, 15.0, 10.0, 5.0), 20.0),
     "one batch of ten multiplied by": Plant(_outlier, "BN309", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 3.0),
     "images in all": Plant(_few, "BN311", (128.0, 64.0, 32.0, 16.0, 8.0, 4.0), 4.0),
 }
-PASSES = 10  # enough for each of them, and too few for the looks that the others want
 
 
 def run(data: Path, plant: str, strength: float, seed: int) -> dict[str, float]:
     """Whether the rule found what was planted, the largest value it measured, and its limit; 0 and NaN where it was silent."""
     source = _source(data, seed)
     case = PLANTS[plant].make(Case(_bed(data).model(), source.unlabelled(20)), strength, seed)
-    diagnosis = diagnose(case.model, case.batches, ranks=case.ranks, passes=PASSES)
+    diagnosis = diagnose(case.model, case.batches, ranks=case.ranks, passes=PLANTS[plant].passes)
     found = [f for f in diagnosis.findings if f.rule == PLANTS[plant].rule]
     worst = max(found, key=lambda finding: finding.value, default=None)
     return {
