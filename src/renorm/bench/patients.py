@@ -61,6 +61,12 @@ def calibrated(name: str) -> nn.Module:
                 vars(site.module)["momentum"] = 1.0
         with torch.no_grad():
             model(images(CALIBRATED))
+    for site in find_sites(model):
+        if site.module in held and not bool(
+            site.module.num_batches_tracked
+        ):  # a head for training alone: as it was created
+            for parameter, value in zip(site.affine.values(), (1.0, 0.0), strict=False):
+                nn.init.constant_(parameter, value)
     for module, momentum in held.items():
         module.training, vars(module)["momentum"] = False, momentum
     return model
