@@ -292,7 +292,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("shrink", {"floor": 2.0}, "floor of shrink is a share"),
     ("shrink", {"floor": True}, "floor of shrink is a share"),
     ("shrink", {"gap": 0.0}, "gap of shrink is a number above 0"),
-    ("shrink", {"rows": 0}, "rows and every of shrink are 1 or more"),
+    ("shrink", {"rows": 0}, "rows of shrink is 1 or more"),
     ("prior", {"images": -1}, "images of prior is how many"),
     ("ema", {"rate": "0.1"}, "rate of ema is a share"),
     ("tent", {"lr": -1.0}, "lr of tent is a number above 0"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from renorm.adapt import adapt_
+from renorm.errors import UsageError
 from renorm.methods.equal_mix import equal_mix
 from renorm.moments import Moments
 from renorm.online.base import as_if, glance, packed, rows_of, source_units, unpacked
@@ -437,6 +438,21 @@ def test_another_domain_is_noticed_in_its_first_batch_which_is_normalised_anew()
     assert stream._running.changes == 1
     assert before == pytest.approx(64 * sum(math.exp(-64 * k / 2000) for k in range(4)))
     assert stream._running.state()["images"][0] == 64  # all before is forgotten
+
+
+def test_late_batches_are_measured_one_in_four_unless_the_first_site_shows_another_domain() -> None:
+    torch.manual_seed(0)
+    model, _ = trained()
+    stream = adapt_(model, "shrink", guard=False, dense=120, thin=4)
+    held_after = []
+    for k in range(10):
+        stream(signs(BOTH) + (6 if k == 8 else 0))
+        held_after.append(float(stream._running.state()["images"][0]))
+    steps = [held_after[k] != held_after[k - 1] for k in range(1, 10)]
+    assert steps == [True, False, False, False, True, False, False, True, True]
+    assert stream._running.changes == 1
+    with pytest.raises(UsageError, match="thin of shrink is 1 or more"):
+        adapt_(trained()[0], "shrink", thin=0)
 
 
 # ── with gradients ──

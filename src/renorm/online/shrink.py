@@ -66,6 +66,8 @@ class Shrink(Online):
              batch is then normalised anew, without what came before it, and all of that is forgotten
     rows     of every map, so many rows are measured at the least
     every    in batches smaller than this, the blend is made anew after so many images
+    dense    so many images of a domain are all measured, later ones in one batch of `thin`: moments hardly move by then. The
+             very first site is looked at in every batch, and where it shows another domain, all of them
     """
 
     name: ClassVar[str] = "shrink"
@@ -80,12 +82,15 @@ class Shrink(Online):
     change: float = 0.17
     rows: int = 8
     every: int = 8
+    dense: int = 2048
+    thin: int = 4
 
     def __post_init__(self) -> None:
         check_share(self, "floor", "now", "recall")
         check_positive(self, "gap", "images", "own", "window", "change")
-        if min(self.rows, self.every) < 1:
-            raise UsageError(f"rows and every of shrink are 1 or more; got {self.rows!r} and {self.every!r}.")
+        for name in ("rows", "every", "dense", "thin"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} of shrink is 1 or more; got {getattr(self, name)!r}.")
 
     def start(self, subject: Subject) -> Running:
         return _Shrinking(subject, self)
@@ -114,7 +119,7 @@ class _Shrinking(Running):
         self._classwise = self._each_class(profile) if profile and len(profile.counts) <= self._most else {}
         self._there = self._home
         self._start_anew()
-        self._samples, self._learn, self._due = 0, True, True
+        self._samples, self._asked, self._learn, self._due = 0, True, True, True
         self._sudden = self._twice = self._blind = False
         self._now: dict[str, Pair] = {}
         self._far: dict[str, float] = {}
@@ -127,14 +132,16 @@ class _Shrinking(Running):
         self._mix: Tensor | None = None  # of the classes, in the recent past
         self._presumed: Tensor | None = None  # of the classes in the batch that is being normalised
         self._counts = Counts()
-        self._pending = 0
+        self._pending = self._rested = 0
         self._usual: float | None = None  # distance of the last images from those before
         self.changes = 0
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
-        self._samples, self._learn, self._now, self._far = samples, learn, {}, {}
+        self._samples, self._asked, self._now, self._far = samples, learn, {}, {}
         self._sudden = self._twice = False
-        self._due = learn and (samples >= self._method.every or self._pending + samples >= self._method.every)
+        self._rested = self._rested + 1 if learn and self._counts.images >= self._method.dense else 0
+        self._learn = learn and self._rested % self._method.thin == 0
+        self._due = self._learn and (samples >= self._method.every or self._pending + samples >= self._method.every)
         self._presumed = self._mix
         if self._mix is not None and self._counts.images:
             self._presume(self._mix)
@@ -148,18 +155,22 @@ class _Shrinking(Running):
             self._there = self._in_units(self._profile, whole / (came.images + now))
 
     def visit(self, site: Site, x: Tensor) -> None:
-        if not self._learn:
+        first = site.name == self._early[0] and self._asked
+        if not self._learn and not first:
             return
         seen = glance(x, axis=site.axis, rows=self._method.rows)
         if seen is None:
             return
         mean, var = source_units(seen, self.held[site.name])
-        if site.name == self._early[0]:
+        if first:
             self._blind = not has_places(site, x)
-        first = site.name == self._early[0] and site.name in self._tallies
-        if first and self._due and self._samples >= SUDDEN and not self._sudden and not self._blind:
+        known = first and site.name in self._tallies and not self._sudden and not self._blind
+        if known and (self._due or not self._learn) and self._samples >= SUDDEN:
             if self._far_from_before(site.name, mean, var) * few(self._samples) > 2 * self._method.change:
                 self._sudden, self._there = True, self._home  # for this batch; forgotten once it went through
+                self._learn = self._due = True
+        if not self._learn:
+            return
         second = var + mean.square()
         if site.name in self._now:  # called more than once: each call counts the same
             mean, second = (0.5 * (a + b) for a, b in zip((mean, second), self._now[site.name], strict=True))
@@ -168,7 +179,7 @@ class _Shrinking(Running):
             self._lend(site, mean, second)
 
     def again(self, logits: Tensor) -> bool:
-        if self._twice:
+        if self._twice or not self._learn:
             return False
         if not self._sudden and self._changed(self._samples):
             self._sudden = self._due = True  # what came before is nothing to normalise this batch by
@@ -195,6 +206,8 @@ class _Shrinking(Running):
         old = self._method.recall ** (samples / 64)
         before = torch.full_like(probabilities, 1 / len(probabilities)) if self._mix is None else self._mix
         self._mix = old * before + (1 - old) * probabilities
+        if not self._learn:
+            return
         counts = samples * self._grouped(probabilities)
         if self._sudden:
             self._forget()
