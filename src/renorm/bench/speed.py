@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from renorm.adapt import adapt_
 from renorm.bench import peers, speed_table
 from renorm.bench.base import Cell, Row, Suite
 from renorm.bench.beds import ResNet20, error
@@ -24,6 +25,9 @@ IMAGES, BATCH, SIDE = 96, 32, 224
 REPETITIONS = {"quick": 2, "full": 7}  # per seed
 MANY = 4000  # CIFAR images that update_bn reads and we stop within
 TOLERANCES = (0.1, 0.05)
+
+STREAMED = (64, 16, 1)
+DENSE, LATER = 2048, 1024  # images of a stream: all of them measured, and those after
 
 Way = Callable[[nn.Module, Sequence[Tensor]], Any]
 
@@ -58,6 +62,9 @@ class Speed(Suite):
         for network in NETWORKS:
             for turn in range(self.seeds):
                 yield Cell.of(part="cheaper", on=network, seed=turn)
+        for size in STREAMED:
+            for turn in range(self.seeds):
+                yield Cell.of(part="stream", on=f"batches of {size}", seed=turn)
         for shift in ResNet20.shifts:
             for seed in range(self.seeds):
                 yield Cell.of(part="equal error", on=shift, seed=seed)
@@ -67,6 +74,9 @@ class Speed(Suite):
         if cell["part"] in ("equal images", "cheaper"):
             ways = _EQUAL_IMAGES if cell["part"] == "equal images" else _CHEAPER
             return _in_turns(ways, cell["on"], cell["seed"])
+        if cell["part"] == "stream":
+            bed = ResNet20(self.data, DENSE + LATER, 1)
+            return _streaming(bed, int(cell["on"].rpartition(" ")[2]), cell["seed"])
         bed = ResNet20(self.data, MANY, 2000 if self.size == "full" else 1000)
         if cell["part"] == "equal error":
             return _stopping(bed, cell["on"], cell["seed"])
@@ -109,6 +119,24 @@ def _stopping(bed: ResNet20, shift: str, seed: int) -> dict[str, float]:
     for tolerance in TOLERANCES:
         measure(str(tolerance), partial(_stopped, tolerance=tolerance))
     return values
+
+
+def _streaming(bed: ResNet20, size: int, seed: int) -> dict[str, float]:
+    """Seconds of plain inference and of `shrink` on one shifted stream, batch by batch in turns: its beginning and later."""
+    source = bed.model().to(memory_format=torch.channels_last)
+    ways: dict[str, Callable[[Tensor], Any]] = {"plain": torch.no_grad()(source)}
+    for name, guard in (("shrink", False), ("guarded", True)):
+        ways[name] = adapt_(bed.model().to(memory_format=torch.channels_last), guard=guard)
+    seconds = {f"{name} {when}": 0.0 for name in ways for when in ("first", "later")}
+    for number, inputs in enumerate(bed.pool("contrast", seed=seed).unlabelled(size)):
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        when = "first" if number * size < DENSE else "later"
+        names = list(ways)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = perf_counter()
+            ways[name](inputs)
+            seconds[f"{name} {when}"] += perf_counter() - start
+    return seconds
 
 
 def _stopped(model: nn.Module, batches: Sequence[Tensor], *, tolerance: float) -> Any:

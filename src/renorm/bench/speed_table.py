@@ -23,9 +23,11 @@ HEAD = ("target", "measured", "verdict")
 
 def table(rows: Sequence[Row]) -> str:
     """Targets, times at equal images, stopping when tight, cheaper arithmetic."""
-    parts = [ABOUT, "## Targets\n", markdown(HEAD, [*_equal_targets(rows), *_stopping_targets(rows)], words=3)]
+    targets = [*_equal_targets(rows), *_stopping_targets(rows), *_stream_targets(rows)]
+    parts = [ABOUT, "## Targets\n", markdown(HEAD, targets, words=3)]
     parts += ["## Equal images: time as a multiple of the faster peer's\n", _equal(rows)]
     parts += ["## 4,000 CIFAR images: stopping when tight, ResNet-20, mean over shifts and seeds\n", _stopping(rows)]
+    parts += ["## A stream: time as a multiple of plain inference's, ResNet-20\n", _streams(rows)]
     parts += ["## Cheaper arithmetic\n", _cheaper(rows)]
     return "\n".join(parts)
 
@@ -119,6 +121,34 @@ def _tolerances(rows: Sequence[Row]) -> list[str]:
 
 def _ratios_named(rows: Sequence[Row], top: str, bottom: str) -> list[float]:
     return [row.values[top] / row.values[bottom] for row in rows]
+
+
+STREAMS = {"shrink": ("`shrink` alone", 1.15), "guarded": ("`shrink` under its guard", 1.3)}
+SINGLE = 1.3  # at most, of `shrink` alone on single images
+
+
+def _stream_targets(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """After the 2,048 images of a stream that are all measured."""
+    lines = []
+    for size, group in _on(_of(rows, "stream")).items():
+        for way, (name, most) in STREAMS.items():
+            single = size.endswith(" 1")
+            if single and way == "guarded":
+                continue
+            most = SINGLE if single else most
+            ratios = _ratios_named(group, f"{way} later", "plain later")
+            holds = bool(np.median(ratios) <= most)
+            lines.append((f"{name}, {size}: at most {most} times plain inference", _spread(ratios), _verdict(holds)))
+    return lines
+
+
+def _streams(rows: Sequence[Row]) -> str:
+    lines = []
+    for size, group in _on(_of(rows, "stream")).items():
+        for way, (name, _) in STREAMS.items():
+            ratios = (_ratios_named(group, f"{way} {when}", f"plain {when}") for when in ("first", "later"))
+            lines.append([size, name, *map(_spread, ratios)])
+    return markdown(["stream", "way", "first 2,048 images", "1,024 more"], lines, words=2)
 
 
 def _cheaper(rows: Sequence[Row]) -> str:
