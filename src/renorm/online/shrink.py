@@ -132,14 +132,14 @@ class _Shrinking(Running):
         self._mix: Tensor | None = None  # of the classes, in the recent past
         self._presumed: Tensor | None = None  # of the classes in the batch that is being normalised
         self._counts = Counts()
-        self._pending = self._rested = 0
+        self._pending = self._rested = self._measured = 0  # images; batches; images of this domain
         self._usual: float | None = None  # distance of the last images from those before
         self.changes = 0
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
         self._samples, self._asked, self._now, self._far = samples, learn, {}, {}
         self._sudden = self._twice = False
-        self._rested = self._rested + 1 if learn and self._counts.images >= self._method.dense else 0
+        self._rested = self._rested + 1 if learn and self._measured >= self._method.dense else 0
         self._learn = learn and self._rested % self._method.thin == 0
         self._due = self._learn and (samples >= self._method.every or self._pending + samples >= self._method.every)
         self._presumed = self._mix
@@ -217,6 +217,7 @@ class _Shrinking(Running):
         prior = None if self._profile is None else self._profile.prior
         self._counts = self._counts.plus(probabilities, rows, share, prior)
         self._pending = 0 if self._due else self._pending + samples
+        self._measured += samples
         self._lent |= self._trial
         self._trial = {}
 
@@ -330,7 +331,7 @@ class _Shrinking(Running):
     def _forget(self) -> None:
         """Another domain has begun: what was seen of the one before says nothing of it."""
         self.changes, self._sudden = self.changes + 1, False
-        self._tallies, self._fast, self._counts = {}, {}, Counts()
+        self._tallies, self._fast, self._counts, self._measured = {}, {}, Counts(), 0
         self._there = self._home
 
     def _in_units(self, profile: Profile, mix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -349,7 +350,8 @@ class _Shrinking(Running):
         return {name: lent.far for name, lent in self._lent.items()}
 
     def state(self) -> State:
-        scalars = torch.tensor([self._counts.images, self._pending, self.changes], dtype=torch.float64)
+        numbers = [self._counts.images, self._pending, self.changes, self._measured]
+        scalars = torch.tensor(numbers, dtype=torch.float64)
         found: State = {"images": scalars} | self._counts.state()
         if self._mix is not None:
             found["mix"] = self._mix.clone()
@@ -363,8 +365,8 @@ class _Shrinking(Running):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._start_anew()
-        images, pending, changes = state["images"].tolist()
-        self._pending, self.changes = int(pending), int(changes)
+        images, *others = state["images"].tolist()
+        self._pending, self.changes, self._measured = map(int, others)
         self._counts = Counts(images, *(state[key].clone() if key in state else None for key in Counts._fields[1:]))
         self._mix = state["mix"].clone() if "mix" in state else None
         self._lent, self._trial = {}, {}
