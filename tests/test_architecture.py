@@ -29,7 +29,7 @@ ROOMS = (
     # model: nn.Module, no data
     *("layers", "sites", "state", "surgery", "freeze", "split", "policy", "groups", "conventions"),
     # model + batches
-    *("calls", "files", "provenance", "observation", "ranks", "observe"),
+    *("calls", "columns", "files", "provenance", "observation", "ranks", "observe"),
     *("evaluate", "verify", "trust", "checkpoints", "profile", "guard"),
     *(
         "methods",
@@ -74,6 +74,7 @@ ROOMS = (
         "second_look",
         "mixture",
         "suspects",
+        "units",
         "stored",
         "costs",
         "facts",
@@ -111,7 +112,7 @@ HEAVY = {"sklearn", "scipy", "torchmetrics", "rich", "jsonargparse", "jinja2", "
 
 PUBLIC = (
     *("find_sites", "observe", "profile", "diagnose", "watch", "recalibrate_", "evaluate", "verify", "convert_"),
-    *("Moments", "Observed", "Shift", "Affine", "Site"),
+    *("Moments", "Observed", "Shift", "Affine", "Site", "Columns"),
     *("Observation", "Profile", "Diagnosis", "Adaptation", "Score", "Gap", "Conversion"),
     *("fold", "load_folded_", "repair_", "export"),
     *("diagnose_file", "advise", "Advice", "recommend", "Plan", "cite"),

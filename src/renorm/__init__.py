@@ -8,6 +8,7 @@ from renorm.advise import Advice as Advice
 from renorm.advise import advise as advise
 from renorm.affine import Affine as Affine
 from renorm.cite import cite as cite
+from renorm.columns import Columns as Columns
 from renorm.doctor import Diagnosis as Diagnosis
 from renorm.doctor import diagnose as diagnose
 from renorm.doctor import diagnose_file as diagnose_file
@@ -69,6 +70,7 @@ __all__ = [
     "Advice",
     "Affine",
     "BatchError",
+    "Columns",
     "Conversion",
     "Diagnosis",
     "Exported",

@@ -11,13 +11,14 @@ __all__ = ["PASSES", "price"]
 PASSES: Mapping[str, int] = {
     **{"batch": 0, "held": 0, "new": 0, "broken": 0, "thawing": 0, "file": 0, "graph": 0, "settings": 0},
     **{"optimizers": 0, "loop": 0, "ranks": 0},
-    **{"observed": 1, "parts": 0, "few": 0, "shifts": 0, "distances": 0},
+    **{"observed": 1, "parts": 0, "few": 0, "shifts": 0, "distances": 0, "mistakes": 0},
     **{"calls": 1, "company": 2, "padding": 1, "mixtures": 1, "gap": 4, "look": 7, "suspect": 32},
 }
 ON: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("parts", "few", "shifts", "distances", "calls", "company", "padding", "mixtures", "gap", "look"), ("observed",)
     ),
+    "mistakes": ("observed", "parts"),
     "suspect": ("observed", "distances"),
 }
 

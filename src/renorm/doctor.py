@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from renorm.accuracy import Accuracy
 from renorm.calls import Caller, Forward, Output
-from renorm.checkpoints import read
+from renorm.checkpoints import read_weights
+from renorm.columns import Columns
 from renorm.costs import price
 from renorm.errors import UsageError
 from renorm.faces import Faces
@@ -50,7 +51,8 @@ class Diagnosis(Faces):
     unvisited  batch norm sites that no batch reached
     sites      every norm layer of the model, of any kind
     samples    how many samples were looked at; 0 without data
-    kind       what kind of shift it is and how sure that is; None without data, or where nothing can be told
+    kind       what kind of shift it is and how sure that is; None without data, with columns that are plainly wrong, or where
+               nothing can be told
     estimate   the share of right answers, estimated without labels, with an interval; None likewise
     notes      what else should be known, as how a file was read
     skipped    the rules that were not asked, for they take more `passes` than were allowed
@@ -91,6 +93,7 @@ def diagnose(
     source: Profile | None = None,
     *,
     checkpoint: File | None = None,
+    columns: Columns | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     domains: Sequence[Hashable] | None = None,
     ranks: Sequence[File] | Literal["group"] | None = None,
@@ -104,7 +107,8 @@ def diagnose(
     """Everything the doctor's rules find wrong, worst first; the model is the same afterwards, bit for bit.
 
     `checkpoint` is the file that the model was loaded from, or its tensors by name, for the rules that compare the two;
-    `optimizer` the one that is to train it, or several, for the rules about its groups (`watch` sees the loop itself).
+    `optimizer` the one that is to train it, or several, for the rules about its groups (`watch` sees the loop itself);
+    `columns` are those of the table it was trained on, which a file written by renorm tells by itself.
     `ranks` are the checkpoints that other ranks of the same run saved; or "group", asked on every rank of a running one.
     `domains` names the domain (camera, hospital) of each sample, in the order of the batches, for the rule on mixtures.
     Without `batches` only the rules that need none run. A model without batch norm is healthy. The cheapest rules run
@@ -120,8 +124,10 @@ def diagnose(
     if passes is not None and not passes >= 0:
         raise UsageError(f"passes is the most passes over the batches that may be spent, 0 or more; got {passes!r}.")
     most = inf if passes is None else passes
+    state, recorded = _weights(checkpoint)
     facts = Facts(
-        *(model, batches, source, caller, _tensors(checkpoint), optimizers_in(optimizer)),
+        *(model, batches, source, caller, state, optimizers_in(optimizer)),
+        columns=columns or recorded,
         domains=domains,
         others=_others(ranks),
         passes=most,
@@ -154,7 +160,9 @@ def _judged(facts: Facts) -> Diagnosis:
     for rule in [rule for rule in rules if rule not in dear]:
         _ask(rule, facts, findings, skipped)
     looks = facts.can("look")
-    found, estimated = (facts.kind, facts.accuracy) if looks else (None, None)
+    # what wrong columns look like says nothing
+    wrong = facts.can("mistakes") and any(mistake.sure for mistake in facts.mistakes)
+    found, estimated = (facts.kind, facts.accuracy) if looks and not wrong else (None, None)
     for rule in dear:
         _ask(rule, facts, findings, skipped)
     left = [*skipped, *([] if looks or facts.batches is None else [ESTIMATE])]
@@ -258,12 +266,14 @@ def _others(ranks: Sequence[File] | Literal["group"] | None) -> list[dict[str, T
         return ranks
     if isinstance(ranks, str):
         raise UsageError(f'ranks is a list of checkpoints, or "group"; got {ranks!r}.')
-    return [tensors for file in ranks if (tensors := _tensors(file)) is not None]
+    return [tensors for file in ranks if (tensors := _weights(file)[0]) is not None]
 
 
-def _tensors(checkpoint: File | None) -> dict[str, Tensor] | None:
+def _weights(checkpoint: File | None) -> tuple[dict[str, Tensor] | None, Columns | None]:
+    """The tensors of a checkpoint by plain name, and the columns of the table that it was trained on."""
     if checkpoint is None:
-        return None
+        return None, None
     if isinstance(checkpoint, Mapping):
-        return {plain: checkpoint[name] for plain, name in plain_names(checkpoint).items()}
-    return read(checkpoint)
+        return {plain: checkpoint[name] for plain, name in plain_names(checkpoint).items()}, None
+    found = read_weights(checkpoint)
+    return found.state, Columns.recorded(found.provenance)

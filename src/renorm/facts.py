@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from renorm.accuracy import FEWEST, Accuracy, Home, Look, estimate, look, mean_moved, signals
 from renorm.calls import Caller, read
+from renorm.columns import Columns, rows_of
 from renorm.costs import PASSES, price
 from renorm.errors import BatchError, UsageError
 from renorm.freeze import holds_statistics
@@ -40,6 +41,7 @@ from renorm.sites import Site, find_sites, is_lazy, unwrap, walk
 from renorm.state import preserving
 from renorm.stored import Stored
 from renorm.suspects import Verdict, interrogate, worth_asking
+from renorm.units import Mistake, mistakes_in, read_by
 
 if TYPE_CHECKING:
     from renorm.profile import Profile
@@ -66,6 +68,7 @@ class Facts:
     optimizers: Sequence[Optimizer] = ()
     loop: Loop | None = None  # what a training loop did, where one was watched
     graph: tuple[Stored, ...] | None = None  # the batch norms of an exported file, which `model` is then made of
+    columns: Columns | None = None  # of the table that the model was trained on
     settings: bool = True  # whether eps and momentum are the model's: a file of weights does not say
     domains: Sequence[Hashable] | None = None  # the domain of each sample, in the order of the batches
     others: Sequence[Mapping[str, Tensor]] | Literal["group"] | None = (
@@ -280,6 +283,29 @@ class Facts:
     def suspect(self) -> Verdict | None:
         """The wrong preprocessing whose repair makes the shift vanish, if there is one."""
         return interrogate(self.model, self.few, self.distances, self._redistanced, self.caller)
+
+    @cached_property
+    def mistakes(self) -> tuple[Mistake, ...]:
+        """What is wrong with the columns of a table; empty for other inputs, and where nothing tells how they should lie.
+
+        That is told by `columns`, else by the first batch norm that reads the table itself.
+        """
+        _ = self.observed
+        rows = [rows_of(batch) for batch in self._sound]
+        tables = [each for each in rows if each is not None]
+        if not tables or len(tables) < len(rows):
+            return ()
+        held = {name: moments for name, moments in self.held.items() if name not in self.broken | self.new}
+        known = self.columns if self.columns is not None else read_by(held, self.parts[0], tables[0])
+        if known is None or len(known.names) != tables[0].shape[1]:
+            return ()
+        return mistakes_in(known, Columns.measure(tables))
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether the inputs are plainly wrong, so that statistics estimated on them would hide a mistake."""
+        hidden = self.can("suspect") and self.suspect is not None
+        return hidden or any(mistake.kind != "elsewhere" for mistake in self.mistakes)
 
     def _redistanced(self, batches: Iterable[Any]) -> dict[str, float]:
         """`distances` of other batches."""

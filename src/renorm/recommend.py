@@ -306,6 +306,8 @@ def _inputs(batch: Any) -> Any:
 def _preprocessing(model: nn.Module, held: Sequence[Any], caller: Caller) -> Said | None:
     """What to correct first where the inputs are prepared wrongly: statistics that hide it would be worse than none."""
     facts = Facts(model, held, None, caller)
-    if facts.suspect is None:
-        return None
-    return say("the preprocessing looks wrong (renorm doctor, BN303): correct it first, then ask again")
+    if facts.suspect is not None:
+        return say("the preprocessing looks wrong (renorm doctor, BN303): correct it first, then ask again")
+    if facts.spoilt:
+        return say("columns look wrong (renorm doctor, BN313): correct them first, then ask again")
+    return None

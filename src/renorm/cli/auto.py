@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from renorm.cli.base import option
 from renorm.cli.recommend import OnTarget
-from renorm.cli.subject import notes
+from renorm.cli.subject import notes, recorded
 
 if TYPE_CHECKING:
     from renorm.cli.screen import Screen
@@ -67,7 +67,8 @@ class Auto(OnTarget):
             gap = verify(before, model.module, plan.batches, **calling)
             blocks += [gaps.verdict(gap), gaps.table(gap)]
             data, loaded = dataset.fingerprint, model.checkpoint.sha256 if model.checkpoint else None
-            made = provenance(command=self.written(), model=origin, data=data, checkpoint=loaded)
+            more = recorded(model, dataset)
+            made = provenance(command=self.written(), model=origin, data=data, checkpoint=loaded, **more)
             write(model.module, target, provenance=made, force=self.force)
             result |= {"gap": gaps.result(gap), "output": self.output}
             written = say("Written to {output}.", output=self.output)

@@ -8,11 +8,13 @@ from glob import glob
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from renorm.cli.base import argument, option
-from renorm.cli.subject import DATA, MODEL, OnModel, notes
+from renorm.cli.subject import DATA, MODEL, OnModel, notes, recorded
 from renorm.errors import UsageError
 from renorm.said import listed, many, say
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from renorm.cli.screen import Screen
     from renorm.datasets.base import Dataset
     from renorm.doctor import Diagnosis
@@ -37,6 +39,7 @@ class Doctor(OnModel):
     format: Literal["table", "json", "html", "sarif"] = option(  # type: ignore[assignment]
         "table", "how to print the answer"
     )
+    tells: ClassVar[bool] = True
     model: str = argument(f"{MODEL}; or a .onnx, .pt2 or weights file", required=False)
     data: str = argument(f"{DATA}; no labels needed", required=False)
     source: str = option("", "a profile of the source, made by renorm profile", metavar="FILE")
@@ -161,12 +164,18 @@ class Doctor(OnModel):
             model.module,
             screen.watched(dataset.batches, "looking") if dataset else None,
             Profile.load(self.source) if self.source else None,
-            checkpoint=self.checkpoint or None,
+            checkpoint=self._weights(),
             domains=dataset.groups if dataset else None,
             ranks=self._ranks(),
             passes=self.passes,
             **self.calling(),
         )
+
+    def _weights(self) -> str | Mapping[str, Tensor] | None:
+        """The checkpoint; where its columns are not to count, its tensors alone."""
+        from renorm.checkpoints import read
+
+        return read(self.checkpoint) if self.checkpoint and self.columns == "as-is" else self.checkpoint or None
 
     def _ranks(self) -> list[str] | None:
         found = sorted(glob(self.ranks))
@@ -198,7 +207,8 @@ class Doctor(OnModel):
         if before != origin:
             loaded = model.checkpoint.sha256 if model.checkpoint else None
             data = dataset.fingerprint if dataset else None
-            made = provenance(command=self.written(), model=origin, data=data, checkpoint=loaded)
+            more = recorded(model, dataset)
+            made = provenance(command=self.written(), model=origin, data=data, checkpoint=loaded, **more)
             write(model.module, self.output, provenance=made, force=self.force)
         return mended, lost
 

@@ -23,6 +23,8 @@ class Evaluate(OnModel):
     name: ClassVar[str] = "evaluate"
     example: ClassVar[str] = "renorm evaluate nets.py:resnet20 --checkpoint resnet20.safetensors photos/ --metric top5"
 
+    tells: ClassVar[bool] = True
+
     data: str = argument(f"{DATA}; with labels")
     metric: str = option(
         "accuracy", "accuracy, balanced_accuracy, top5, f1, auroc, nll, ece, mse or mae", metavar="NAME"

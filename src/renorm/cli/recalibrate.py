@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from renorm.cli.base import argument, option
-from renorm.cli.subject import DATA, OnModel, notes
+from renorm.cli.subject import DATA, OnModel, notes, recorded
 from renorm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class Recalibrate(OnModel):
             loaded = model.checkpoint.sha256 if model.checkpoint else None
             data = dataset.fingerprint if dataset else None
             more = {"moments": measured.parts} if measured else {}
+            more |= recorded(model, dataset)
             made = provenance(command=self.written(), model=origin, data=data, checkpoint=loaded, **more)
             write(model.module, target, provenance=made, force=self.force)
         return Report(

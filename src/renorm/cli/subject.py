@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from renorm.cli.base import Command, argument, option
-from renorm.errors import UsageError
+from renorm.errors import DataError, UsageError
 from renorm.said import say
 
 if TYPE_CHECKING:
+    from renorm.columns import Columns
     from renorm.datasets.base import Dataset
     from renorm.models import Model
 
+ROWS = 512  # rows of a table by which its columns are judged
 MODEL = "timm:NAME, torchvision:NAME, hf:ORG/NAME, file.py:factory or package.module:factory"
 DATA = "an image folder, .npz, .npy, .csv, .parquet, .tar shards, hf:NAME, or digits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnModel(Command):
-    """A command that opens a model and runs it on data."""
+    """A command that opens a model and runs it on data.
+
+    Tables in which a column is plainly wrong are refused; where `tells` is true, it is only noted.
+    """
+
+    tells: ClassVar[bool] = False
 
     model: str = argument(MODEL)
     checkpoint: str = option("", "weights to load: .safetensors, or a .pt of weights alone", metavar="FILE")
@@ -34,6 +42,9 @@ class OnModel(Command):
     labels: str = option("labels", "the array or column that holds the labels", metavar="NAME")
     group: str = option("", "the column (hospital, camera) by which samples are grouped", metavar="COLUMN")
     inputs: str = option("", "the column that is the input: texts, or paths of images", metavar="COLUMN")
+    columns: Literal["check", "as-is"] = option(
+        "check", "as-is: take a table's columns as they stand, whatever the model was trained on"
+    )
     seed: int = option(0, "of the random order in which the data are read")
     device: str = option("", "where to run, such as cpu or cuda (default: where the model is)", metavar="NAME")
     precision: Literal["float32", "bf16"] = option("float32", "bf16 is faster, and less exact")
@@ -54,7 +65,7 @@ class OnModel(Command):
         """The data called `spec`, prepared for `model`; in the random order of the seed, or as they stand."""
         from renorm.datasets.load import load_data
 
-        return load_data(
+        found = load_data(
             spec,
             preprocessing=model.preprocessing,
             batch_size=self.batch_size,
@@ -66,7 +77,36 @@ class OnModel(Command):
             inputs=self.inputs,
             group=self.group,
             tokenize=model.tokenize,
+            columns=self.known(model),
         )
+        return self._looked_at(found, model)
+
+    def known(self, model: Model) -> Columns | None:
+        """The columns of the table that the model was trained on, where its checkpoint tells and they are to count."""
+        from renorm.columns import Columns
+
+        loaded = model.checkpoint if self.columns == "check" else None
+        return Columns.recorded(loaded.provenance) if loaded else None
+
+    def _looked_at(self, dataset: Dataset, model: Model) -> Dataset:
+        """The data set, with notes on its columns. Raises DataError where one of them is plainly wrong."""
+        from renorm.calls import Caller
+        from renorm.facts import Facts
+        from renorm.units import FEWEST
+
+        if self.columns == "as-is" or dataset.columns is None or dataset.count < FEWEST or self.name == "doctor":
+            return dataset
+        first = islice(dataset.batches, -(-ROWS // self.batch_size))
+        facts = Facts(model.module, first, caller=Caller(**self.calling()), columns=self.known(model))
+        sure = [mistake.said for mistake in facts.mistakes if mistake.sure]
+        if sure and not self.tells:
+            raise DataError(
+                f"{dataset.spec}: columns do not hold what they held when the model was trained.\n  "
+                + "\n  ".join(sure)
+                + "\nCorrect them: what is estimated on them would hide the mistake. --columns as-is takes them as they are."
+            )
+        told = tuple(say("look at {column}", column=mistake.said) for mistake in facts.mistakes)
+        return replace(dataset, notes=dataset.notes + told)
 
     def origin_of(
         self, model: Model, dataset: Dataset | None, *, fingerprinted: str | None = None
@@ -123,6 +163,21 @@ class OnExample(OnModel):
                 "give DATA, or --input with the size of one sample, such as 3x224x224."
             )
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(self.seed))
+
+
+def recorded(model: Model, dataset: Dataset | None) -> dict[str, Any]:
+    """What a checkpoint should remember of the columns of a table: those of `dataset`, which the model fits now.
+
+    Without data, those that the model came with; nothing for other data.
+    """
+    from renorm.columns import Columns
+
+    if dataset is None:
+        before = (model.checkpoint.provenance if model.checkpoint else None) or {}
+        return {name: before[name] for name in ("columns",) if name in before}
+    if dataset.columns is None:
+        return {}
+    return {"columns": Columns.measure(dataset.batches, dataset.columns or None).plain()}
 
 
 def notes(*opened: Model | Dataset | None) -> tuple[str, ...]:

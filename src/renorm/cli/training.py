@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from renorm.cli.base import argument, option
-from renorm.cli.subject import DATA, OnModel, notes
+from renorm.cli.subject import DATA, OnModel, notes, recorded
 
 if TYPE_CHECKING:
     from renorm.cli.screen import Screen
@@ -79,6 +79,7 @@ class Trains(OnModel):
         recipe = replace(self.beside(model, recipe), classes=names if recipe.head != "keep" else None)
         result, losses = _drawn(model, Reshuffled(dataset.batches, names), val and val.batches, recipe, screen)
         loaded = model.checkpoint.sha256 if model.checkpoint else None
+        remembered = recorded(model, dataset)
         made = provenance(
             command=self.written(),
             model=origin,
@@ -89,6 +90,7 @@ class Trains(OnModel):
             head=result.head,
             classes=list(names or ()),
             steps=result.steps,
+            **remembered,
         )
         self._write(model, target, made)
         return Report(
@@ -98,7 +100,7 @@ class Trains(OnModel):
             verdict=page.verdict(result, output=self.output),
             blocks=page.blocks(result, losses=losses, names=names),
             result=page.result(result, names=names) | {"output": self.output},
-            notes=(*result.notes, *notes(model, dataset, val)),
+            notes=(*result.notes, *_constant(remembered), *notes(model, dataset, val)),
             origin=self.origin_of(model, dataset, fingerprinted=origin),
         )
 
@@ -158,6 +160,16 @@ def _drawn(
                 drawn(0, f"epoch {event.epoch + 1}, {event.score.metric} {event.score.value:.3f}")
     assert isinstance(event, Finished)  # the last one of a loop that does not fail
     return event.result, losses
+
+
+def _constant(remembered: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note on the columns of a table that are the same in all rows."""
+    from renorm.said import say, some
+
+    found = remembered.get("columns")
+    names = [name for name, var in zip(found["names"], found["var"], strict=True) if var == 0] if found else []
+    told = say("columns with one value in all rows, which tells the model nothing: {some}", some=some(names))
+    return (told,) if names else ()
 
 
 def _is_main() -> bool:

@@ -63,6 +63,7 @@ def read(path: Path, key: str, options: Options) -> Dataset:
         groups=None if groups is None else groups.tolist(),
         fingerprint="sha256:" + sha256(path),
         notes=said + notes,
+        columns=() if values.ndim == 2 and not _are_pixels(values) else None,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from renorm.columns import Columns
 from renorm.errors import UsageError
 from renorm.preprocessing import Preprocessing
 from renorm.said import listed, say
@@ -34,6 +35,7 @@ class Options:
     inputs: str = ""
     group: str = ""
     tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None
+    columns: Columns | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("batch_size", self.batch_size), ("limit", self.limit)):
@@ -75,7 +77,9 @@ class Dataset:
 
     `classes` are the names of the labels 0, 1, …; None where the data does not say. `groups` name the group of each sample
     (a hospital, a camera) in the order of `order`; None where none was asked for. `names` are what the samples are called
-    as they stand in the file: paths below a folder, keys of a shard; None where they have no names.
+    as they stand in the file: paths below a folder, keys of a shard; None where they have no names. `columns` are the names of
+    the columns of numbers that are the input, in the order in which the model reads them, none where they have no names; None
+    for other data.
     """
 
     spec: str
@@ -88,6 +92,7 @@ class Dataset:
     notes: tuple[str, ...]
     groups: tuple[str, ...] | None = None
     names: Sequence[str] | None = None
+    columns: tuple[str, ...] | None = None
 
 
 def assemble(
@@ -103,6 +108,7 @@ def assemble(
     groups: Sequence[object] | None = None,
     order: Indices | None = None,
     names: Sequence[str] | None = None,
+    columns: tuple[str, ...] | None = None,
 ) -> Dataset:
     """A data set of `total` samples with `labels` and `groups` as they stand in the file, read in the order asked for.
 
@@ -132,6 +138,7 @@ def assemble(
         notes=notes,
         groups=None if groups is None else tuple(str(groups[k]) for k in order),
         names=names,
+        columns=columns,
     )
 
 

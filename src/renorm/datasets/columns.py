@@ -15,16 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from renorm.columns import Columns
 from renorm.datasets.arrays import LABELS, numbered
 from renorm.datasets.base import Dataset, Indices, Options, assemble
 from renorm.datasets.images import LOOKED, Decoder, Source
 from renorm.errors import DataError, UnknownName, UsageError
 from renorm.said import listed, say, some
+from renorm.units import renamed
 
 __all__ = ["Column", "Kind", "Rows", "read_columns"]
 
 Kind = Literal["number", "text", "image", "list", "other"]
 SHOWN = 6  # columns named in a note or message
+LOOKED_AT = 1000  # rows by which a column under another name is known again
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ def read_columns(spec: str, rows: Rows, options: Options, *, fingerprint: str, f
     label, said = _label(spec, rows, options)
     if options.group and options.group not in rows.columns:
         raise UnknownName(f"column of {spec}:", options.group, rows.columns)
-    chosen, more = _inputs(spec, rows, options, taken={label, options.group})
+    known = options.columns
+    if known is not None and known.named and not options.inputs:
+        chosen, more = _as_trained(spec, rows, known, taken={label, options.group})
+    else:
+        chosen, more = _inputs(spec, rows, options, taken={label, options.group})
     said += more
     _refuse_gaps(spec, rows, [*chosen, *(name for name in (label, options.group) if name)])
     kind = rows.columns[chosen[0]].kind
@@ -101,6 +108,7 @@ def read_columns(spec: str, rows: Rows, options: Options, *, fingerprint: str, f
         fingerprint=fingerprint,
         notes=said + in_pieces,
         order=order,
+        columns=tuple(chosen) if kind == "number" else None,
     )
 
 
@@ -141,6 +149,44 @@ def _inputs(spec: str, rows: Rows, options: Options, *, taken: set[str]) -> tupl
             "Say which column with --inputs NAME (inputs=): texts for a text model, or paths of images."
         )
     return chosen, (say("columns left out: {some}", some=some(others)),) if others else ()
+
+
+def _as_trained(spec: str, rows: Rows, known: Columns, *, taken: set[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The columns that the model was trained on, by name and in its order, and what was noticed."""
+    missing = [name for name in known.names if name not in rows.columns or name in taken]
+    numbers = [name for name, column in rows.columns.items() if column.kind == "number" and name not in taken]
+    extra = [name for name in numbers if name not in known.names]
+    if missing:
+        raise DataError(_missing(spec, rows, known, missing, extra))
+    other = [name for name in known.names if rows.columns[name].kind != "number"]
+    if other:
+        held = ", ".join(f"{name!r} ({rows.columns[name].kind})" for name in other[:SHOWN])
+        raise DataError(
+            f"{spec}: columns that held numbers when the model was trained hold something else: {held}. Write them as numbers, "
+            "with a decimal point, no units and no thousands separators."
+        )
+    said: tuple[str, ...] = ()
+    if [name for name in numbers if name not in extra] != list(known.names):
+        said += (say("columns stand in another order than in training, and are read by their names"),)
+    left_out = [name for name in rows.columns if name not in known.names and name not in taken]
+    if left_out:
+        said += (say("columns left out, on which the model was not trained: {some}", some=some(left_out)),)
+    return list(known.names), said
+
+
+def _missing(spec: str, rows: Rows, known: Columns, missing: list[str], extra: list[str]) -> str:
+    """What is missing, and under which name it may stand there."""
+    lines = [
+        f"{spec} lacks {len(missing)} of the {len(known.names)} columns that the model was trained on: {_some(missing)}."
+    ]
+    if extra:
+        first = np.arange(min(len(rows), LOOKED_AT))
+        values = torch.from_numpy(np.asarray(rows.matrix(extra, first), dtype=np.float64))
+        finite = values[values.isfinite().all(1)]
+        found = renamed(known, missing, Columns.measure([finite], extra)) if len(finite) else {}
+        lines += [f"{old!r} is probably called {new!r} here." for old, new in list(found.items())[:SHOWN]]
+    lines.append("Give the columns their names of then. A model cannot do without one that it was trained on.")
+    return " ".join(lines)
 
 
 def _refuse_gaps(spec: str, rows: Rows, names: Sequence[str]) -> None:

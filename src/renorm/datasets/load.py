@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from renorm.columns import Columns
 from renorm.datasets import arrays, digits, folders, hub, tables, tars
 from renorm.datasets.base import Dataset, Options
 from renorm.errors import DataError
@@ -39,6 +40,7 @@ def load_data(
     inputs: str = "",
     group: str = "",
     tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None,
+    columns: Columns | None = None,
 ) -> Dataset:
     """Open the data that `spec` names; images are decoded as they are asked for.
 
@@ -50,7 +52,8 @@ def load_data(
 
     `group` names the array or column that says which hospital or camera a sample is from (of an image folder: the level of
     the folders, 1 or 2). `inputs` names the column that is the model's input where a table does not make it plain: texts,
-    which `tokenize` turns into inputs, or images and their paths.
+    which `tokenize` turns into inputs, or images and their paths. `columns` are those that the model was trained on: a table is
+    read by their names, in their order.
 
     Raises:
         UsageError: options that make no sense.
@@ -69,6 +72,7 @@ def load_data(
         inputs=inputs,
         group=group,
         tokenize=tokenize,
+        columns=columns,
     )
     name = os.fspath(spec)
     if name == "digits":

@@ -23,7 +23,7 @@ class DataShift(Rule):
 
     id: ClassVar[str] = "BN302"
     title: ClassVar[str] = say("data shift")
-    needs: ClassVar[tuple[str, ...]] = ("distances",)
+    needs: ClassVar[tuple[str, ...]] = ("distances", "mistakes")
     wants: ClassVar[tuple[str, ...]] = ("suspect",)
 
     # Source standard deviations, mean over channels. On data of their own kind (16 to 2,000 images) the worst sites of
@@ -53,13 +53,15 @@ class DataShift(Rule):
                         "mean and divides by the spread of the old data."
                     ),
                     advice=self._advice(facts, suspect, worst),
-                    fix_=None if suspect else facts.recalibrate,
+                    fix_=None if suspect or facts.spoilt else facts.recalibrate,
                 )
 
     @staticmethod
     def _advice(facts: Facts, suspect: Verdict | None, worst: str | None) -> str:
         if suspect:
             return say("Correct the preprocessing first (see BN303), and ask the doctor again.")
+        if facts.spoilt:
+            return say("Correct the columns first (see BN313), and ask the doctor again.")
         mend = say(
             "Recalibrate, and keep the result only if it holds up: renorm recalibrate MODEL DATA --check DATA -o OUT "
             "(recalibrate_ with check=)."

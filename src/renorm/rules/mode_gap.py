@@ -54,8 +54,10 @@ class ModeGap(Rule):
                 "Normalised by the batch, as in training, the model answers differently than by the statistics it holds: "
                 "good in train(), bad in eval() has its cause here."
             ),
-            advice=say(
+            advice=say("Correct the inputs first (see BN303 and BN313), and ask the doctor again.")
+            if facts.spoilt
+            else say(
                 "Recalibrate: renorm recalibrate MODEL DATA --check DATA -o OUT. Do not ship a model in training mode."
             ),
-            fix_=None if facts.can("suspect") and facts.suspect else facts.recalibrate,
+            fix_=None if facts.spoilt else facts.recalibrate,
         )
