@@ -131,7 +131,7 @@ SCALED: Mapping[str, Said] = {
 BEYOND = 3.0  # times as far as nine in ten of the other columns
 START = 1.0  # distance below which nothing is asked: a factor of 2.7 around a middle of 0
 REST = 0.35  # share of its distance that a mistake taken back may leave
-CLEAR = 0.1  # share that it may leave though the others lie nearer: of a thousandfold value, a factor of 2
+CLEAR = math.log(2)  # what it may leave though the others lie nearer, where that is no tenth of its distance
 SIMPLER = 0.5  # what a later unit may leave of what an earlier one leaves, to be named instead
 EXACT = 0.5  # how far the others may lie where odd factors are told apart: two of these are 0.1 apart
 WHOLE = 1.5  # distance of the middle column from which one mistake in all columns is asked about
@@ -264,7 +264,7 @@ class _Case:
         found = []
         for k in self._far(before, 1):
             usual, start = self._usual(before, [k]), float(before[k])
-            most = min(max(usual, CLEAR * start), REST * start)
+            most = min(max(usual, min(CLEAR, start / 10)), REST * start)
             best: tuple[str, float] | None = None
             for name, far in after.items():
                 odd = name in UNITS and UNITS[name].odd and usual > EXACT
