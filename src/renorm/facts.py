@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from renorm.accuracy import FEWEST, Accuracy, Home, Look, estimate, look, mean_moved, signals
 from renorm.calls import Caller, read
-from renorm.columns import Columns, rows_of
+from renorm.columns import Columns
 from renorm.costs import PASSES, price
 from renorm.errors import BatchError, UsageError
 from renorm.freeze import holds_statistics
 from renorm.kind import Kind, kind, moved_at, traces
 from renorm.loop import Loop
-from renorm.mend import Fix, reestimating
+from renorm.mend import Fix, Without, reestimating
 from renorm.methods.equal_mix import class_mix
 from renorm.mixture import Mixture, mixtures
 from renorm.moments import Moments, Observed
@@ -41,7 +41,7 @@ from renorm.sites import Site, find_sites, is_lazy, unwrap, walk
 from renorm.state import preserving
 from renorm.stored import Stored
 from renorm.suspects import Verdict, interrogate, worth_asking
-from renorm.units import Mistake, mistakes_in, read_by
+from renorm.units import Mistake, mistakes_among
 
 if TYPE_CHECKING:
     from renorm.profile import Profile
@@ -183,7 +183,7 @@ class Facts:
     def _able(self) -> Iterable[Any]:
         """The batches, to be read again, without those that the model could not run."""
         batches = self.batches if self.batches is not None else ()
-        return _Without(batches, self._failed)  # which ones may not be known yet
+        return Without(batches, self._failed)  # which ones may not be known yet
 
     @cached_property
     def parts(self) -> list[dict[str, Observed]]:
@@ -286,20 +286,10 @@ class Facts:
 
     @cached_property
     def mistakes(self) -> tuple[Mistake, ...]:
-        """What is wrong with the columns of a table; empty for other inputs, and where nothing tells how they should lie.
-
-        That is told by `columns`, else by the first batch norm that reads the table itself.
-        """
+        """What is wrong with the columns of a table; empty for other inputs, and where nothing tells how they should lie."""
         _ = self.observed
-        rows = [rows_of(batch) for batch in self._sound]
-        tables = [each for each in rows if each is not None]
-        if not tables or len(tables) < len(rows):
-            return ()
         held = {name: moments for name, moments in self.held.items() if name not in self.broken | self.new}
-        known = self.columns if self.columns is not None else read_by(held, self.parts[0], tables[0])
-        if known is None or len(known.names) != tables[0].shape[1]:
-            return ()
-        return mistakes_in(known, Columns.measure(tables))
+        return mistakes_among(self._sound, self.columns, held, self.parts)
 
     @property
     def spoilt(self) -> bool:
@@ -393,17 +383,6 @@ class Facts:
         if self.batches is None or isinstance(self.batches, Iterator) or not self.held:
             return None
         return reestimating(list(self.held), self._able(), self.caller, prior="auto", source=self.source)
-
-
-class _Without:
-    """Batches that can be read again, without those of some numbers."""
-
-    def __init__(self, batches: Iterable[Any], without: Mapping[int, Exception]) -> None:
-        self._batches = batches
-        self._without = without
-
-    def __iter__(self) -> Iterator[Any]:
-        return (batch for index, batch in enumerate(self._batches) if index not in self._without)
 
 
 def _is_stopped(site: Site) -> bool:

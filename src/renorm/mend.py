@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Fix",
     "Undoable",
+    "Without",
     "at_sites",
     "calling_children",
     "converting",
@@ -267,3 +268,14 @@ def _forget_(site: Site) -> None:
 
 def _leave_(site: Site) -> None:
     pass
+
+
+class Without:
+    """Batches that can be read again, without those of some numbers."""
+
+    def __init__(self, batches: Iterable[Any], without: Mapping[int, Exception]) -> None:
+        self._batches = batches
+        self._without = without
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for index, batch in enumerate(self._batches) if index not in self._without)

@@ -13,16 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from renorm.columns import Columns
+from renorm.columns import Columns, rows_of
 from renorm.moments import Moments, Observed
 from renorm.said import Said, listed, say
 
-__all__ = ["FEWEST", "UNITS", "Mistake", "mistakes_in", "read_by", "renamed"]
+__all__ = ["FEWEST", "UNITS", "Mistake", "mistakes_among", "mistakes_in", "read_by", "renamed"]
 
 Kind = Literal["unit", "swapped", "elsewhere", "constant"]
 Lying = tuple[Tensor, Tensor]
@@ -163,6 +163,24 @@ def mistakes_in(known: Columns, seen: Columns) -> tuple[Mistake, ...]:
         what = say("one value in every row, where there were many in training")
         found.append(Mistake("constant", tuple(constant), what, len(constant), len(constant), 0.0))
     return tuple(_together(found))
+
+
+def mistakes_among(
+    batches: Sequence[Any], columns: Columns | None, held: Mapping[str, Moments], seen: Sequence[Mapping[str, Observed]]
+) -> tuple[Mistake, ...]:
+    """What is wrong with the columns in `batches`; nothing where they are no tables, or nothing tells how these should lie.
+
+    That is told by `columns`, else by the first batch norm that reads the table itself: `held` are its statistics, `seen` what
+    each batch sent into it.
+    """
+    rows = [rows_of(batch) for batch in batches]
+    tables = [each for each in rows if each is not None]
+    if not tables or len(tables) < len(rows):
+        return ()
+    known = columns if columns is not None else read_by(held, seen[0], tables[0])
+    if known is None or len(known.names) != tables[0].shape[1]:
+        return ()
+    return mistakes_in(known, Columns.measure(tables))
 
 
 def read_by(held: Mapping[str, Moments], seen: Mapping[str, Observed], rows: Tensor) -> Columns | None:
