@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from renorm.bench.signals import through_adapter
 from renorm.errors import require
 from renorm.finetune import finetune_
 from renorm.layers.batch import BatchNorm
 from renorm.layers.recurrent.lstm import BNLSTM
-from renorm.profile import profile
+from renorm.profile import Profile, profile
 from renorm.recalibrate import recalibrate_
 
-__all__ = ["FILE", "NETWORKS", "SOURCES", "TARGETS", "adapted", "reviews", "ways_of"]
+__all__ = ["FILE", "NETWORKS", "SOURCES", "TARGETS", "adapted", "known", "reviews", "ways_of"]
 
 FILE = "amazon_reviews4.csv.gz"
 SOURCES, TARGETS = ("books", "dvd"), ("electronics", "kitchen")
@@ -138,9 +139,17 @@ def reviews(data: Path, network: str, seed: int) -> tuple[nn.Module, Batches, di
     return _fitted(model, source, seed), _batched(*source), {name: _batched(*parts[name]) for name in TARGETS}
 
 
-def adapted(way: str, model: nn.Module, source: Batches, target: Batches) -> Mapping[str, float]:
+@lru_cache(maxsize=1)
+def known(data: Path, network: str, seed: int) -> Profile:
+    """What the owner of the books and films tells once of a network trained on them."""
+    model, source, _ = reviews(data, network, seed)
+    return profile(model, source)
+
+
+def adapted(way: str, model: nn.Module, source: Callable[[], Profile], target: Batches) -> Mapping[str, float]:
     """A copy of `model` after `way`; its accuracy in per cent on the target's reviews; the first 64 may have labels."""
-    model = deepcopy(model)
+    base, model = model, deepcopy(model)
+    more: dict[str, float] = {}
     labelled, rest = target[:1], target[1:]
     unlabelled = [inputs for inputs, _ in rest]
     accepted = True
@@ -148,10 +157,11 @@ def adapted(way: str, model: nn.Module, source: Batches, target: Batches) -> Map
         recalibrate_(model, unlabelled, prior=0 if way == "plain" else "auto")
     elif way in ("profile", "check"):
         check = unlabelled if way == "check" else None
-        accepted = recalibrate_(model, unlabelled, source=profile(model, source), check=check).accepted
+        accepted = recalibrate_(model, unlabelled, source=source(), check=check).accepted
     elif way == "affine":
         with torch.random.fork_rng(devices=[]):
             finetune_(model, labelled, policy="affine-only", epochs=5, head="keep")
+        more = through_adapter(model, base, **unlabelled[0])
     else:
         assert way == "source", way
     model.eval()
@@ -160,6 +170,7 @@ def adapted(way: str, model: nn.Module, source: Batches, target: Batches) -> Map
     return {
         "accuracy": 100 * float(torch.cat(right).mean()),
         "accepted": float(accepted),
+        **more,
         "samples": sum(map(len, right)),
     }
 

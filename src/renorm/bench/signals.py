@@ -6,19 +6,24 @@ from collections.abc import Mapping
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from renorm.adapt import adapt_
+from renorm.adapters import load_adapter_, save_adapter
+from renorm.finetune import finetune_
 from renorm.profile import Profile, profile
 from renorm.recalibrate import recalibrate_
 
-__all__ = ["LEFT_OUT", "WAYS", "adapted", "beats", "gas"]
+__all__ = ["LABELLED", "LEFT_OUT", "WAYS", "adapted", "beats", "gas", "through_adapter"]
 
 WAYS = ("source", "plain", "auto", "profile", "check")
 EVERY = 200  # beats of a patient, of up to a few thousand: the first ones, in time
+LABELLED = 64  # rows of the target that have labels, where norm layers are trained
 LEFT_OUT = 6  # patients that are not trained on, drawn by the seed
 
 Part = tuple[Tensor, Tensor]
@@ -61,22 +66,51 @@ def beats(data: Path, seed: int) -> tuple[nn.Module, Part, dict[str, Part]]:
 
 
 def adapted(way: str, model: nn.Module, source: Part, target: Part) -> Mapping[str, float]:
-    """A copy of `model` recalibrated to the unlabelled target in one of `WAYS`; its accuracy there in per cent."""
-    model = deepcopy(model)
+    """A copy of `model` after one of `WAYS`, "stream" or "affine"; its accuracy on the target in per cent.
+
+    "stream" answers batches of 50 while it learns from them. "affine" trains the norm layers on the first 64 rows and their
+    labels, and is measured on the others; what it learnt goes through an adapter's file.
+    """
+    known = profiled(model, source) if way in ("profile", "check", "stream") else None
+    base, model = model, deepcopy(model)
     # in time order one batch is one gas or one rhythm; who has all of them at hand can shuffle
     order = torch.randperm(len(target[1]), generator=Generator().manual_seed(0))
-    target = target[0][order], target[1][order]
-    batches, accepted = list(torch.split(target[0], 100)), True
+    x, labels = target[0][order], target[1][order]
+    batches, values = list(torch.split(x, 100)), {"accepted": 1.0}
     if way in ("plain", "auto"):
         recalibrate_(model, batches, prior=0 if way == "plain" else "auto")
     elif way in ("profile", "check"):
-        known = profiled(model, source)
-        accepted = recalibrate_(model, batches, source=known, check=batches if way == "check" else None).accepted
+        found = recalibrate_(model, batches, source=known, check=batches if way == "check" else None)
+        values["accepted"] = float(found.accepted)
+    elif way == "stream":
+        stream = adapt_(model, "shrink", source=known)
+        answers = torch.cat([stream(part).argmax(1) for part in torch.split(x, 50)])
+        return {**values, **_right(answers, labels)}
+    elif way == "affine":
+        with torch.random.fork_rng(devices=[]):
+            finetune_(model, [(x[:LABELLED], labels[:LABELLED])], policy="affine-only", epochs=20, head="keep")
+        x, labels = x[LABELLED:], labels[LABELLED:]
+        values |= through_adapter(model, base, x)
     with torch.no_grad():
-        right = (model(target[0]).argmax(1) == target[1]).double().mean().item()
-    return {"accuracy": 100 * right, "accepted": float(accepted), "samples": len(target[1])}
+        return {**values, **_right(model.eval()(x).argmax(1), labels)}
 
 
+def _right(answers: Tensor, labels: Tensor) -> dict[str, float]:
+    return {"accuracy": 100 * (answers == labels).double().mean().item(), "samples": len(labels)}
+
+
+@torch.no_grad()
+def through_adapter(model: nn.Module, base: nn.Module, *inputs: Tensor, **named: Tensor) -> dict[str, float]:
+    """The size of an adapter's file made of `model`, and whether `base` with it answers as `model` does, to the bit."""
+    other = deepcopy(base)
+    with TemporaryDirectory() as folder:
+        size = save_adapter(model, Path(folder, "tuned.safetensors"))
+        load_adapter_(other, Path(folder, "tuned.safetensors"))
+    same = torch.equal(model.eval()(*inputs, **named), other.eval()(*inputs, **named))
+    return {"adapter_bytes": float(size), "adapter_same": float(same)}
+
+
+@lru_cache(maxsize=2)
 def profiled(model: nn.Module, source: Part) -> Profile:
     """What the source's owner tells once."""
     return profile(model, list(zip(torch.split(source[0], 100), torch.split(source[1], 100), strict=True)))
