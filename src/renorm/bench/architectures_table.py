@@ -37,10 +37,12 @@ def table(rows: Sequence[Row]) -> str:
 
 def _reading(rows: Parts, reading: str) -> Goal | None:
     """Statistics for every step: no worse, and sooner."""
-    ours, other = (
-        [row.values for row in rows["sequence"] if row.cell["way"] == way and row.cell["case"] == reading]
+    mine, others = (
+        {r.cell["seed"]: r.values for r in rows["sequence"] if r.cell["way"] == way and r.cell["case"] == reading}
         for way in ("bnlstm", "lstm")
     )
+    both = sorted(mine.keys() & others.keys())
+    ours, other = ([found[seed] for seed in both] for found in (mine, others))
     if not ours or not other:
         return None
     error, theirs = (mean(values["error"] for values in found) for found in (ours, other))
