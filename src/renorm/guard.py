@@ -40,7 +40,7 @@ class Guard:
     learning: float = 0.25
     memory: float = 256.0
     limit: float = -0.08
-    certain: float = 0.4
+    certain: float = 0.5
     doubt: float = 1.0
     collapse: float = 0.5
     patience: int = 4

@@ -274,7 +274,7 @@ class _Shrinking(Running):
         first, later = self._halves(self._far)
         certain = 0.0 if self._blind else max(_ramp(first, *FIRST), _ramp(later, *LATER))
         chosen = self._came().chosen
-        return certain + (1 - certain) * (0.0 if chosen is None else variety(chosen))
+        return certain + (1 - certain) * (0.0 if chosen is None else variety(chosen) ** 2)
 
     def _came(self) -> Counts:
         """What came of the present domain: nothing, if it begins with this batch."""
