@@ -111,7 +111,7 @@ ORDERS = (  # stream, the better way, the worse one, their published errors
 )
 
 
-def _published_orders(points: Sequence[Point]) -> list[tuple[str, ...]]:
+def _published_orders(points: Sequence[Point]) -> Sequence[tuple[str, ...]]:
     lines = []
     for order, better, worse, published in ORDERS:
         gaps = [
