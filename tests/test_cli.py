@@ -253,7 +253,8 @@ def test_the_doctors_json(folder: Path, renorm: Callable[[str], Ran]) -> None:
     assert list(envelope) == ["schema", "version", "command", "model", "data", "result"]
     assert (envelope["command"], envelope["model"], envelope["data"]) == ("doctor", "nets.py:net", "far.npz")
     result = envelope["result"]
-    keys = ["healthy", "worst", "findings", "shifts", "unvisited", "samples", "kind", "estimate", "sites", "notes"]
+    keys = ["healthy", "worst", "findings", "shifts", "unvisited", "samples"]
+    keys += ["skipped", "kind", "estimate", "sites", "notes"]
     assert list(result) == keys
     finding = ["rule", "site", "severity", "value", "unit", "limit", "message", "advice"]
     assert list(result["worst"]) == finding

@@ -382,7 +382,8 @@ def second_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
             out[0].copy_(sent)
             out[1].copy_(answer(sent))
 
-        monkeypatch.setattr(sys.modules["renorm.observe"], "_ranks", lambda: 2)
+        for module in ("renorm.observe", "renorm.ranks"):
+            monkeypatch.setattr(sys.modules[module], "world", lambda: 2)
         monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
         monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
 

@@ -57,7 +57,7 @@ class Reader(nn.Module):
             with torch.no_grad():
                 self.rnn.bias_ih_l0[HIDDEN : 2 * HIDDEN].fill_(1)
         self.head = nn.Linear(HIDDEN, 10)
-        self.noise = 0.0
+        self.noise: float = 0.0
 
     def mark_(self) -> None:
         """Begin as a `Recipe` that is marked says."""

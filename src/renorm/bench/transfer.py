@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -82,7 +82,11 @@ REGULARISED: dict[str, Way] = {
     f"+ {name}": partial(ours, policy=BEST, regularisers=name)
     for name in ("shrink", "stochnorm", "l2_sp", "bss", "delta", "co_tuning")
 }
-AVERAGED = {"average, none": None, "average, ema": "ema", "average, swa": "swa"}  # at the policy BEST
+AVERAGED: dict[str, Literal["ema", "swa"] | None] = {
+    "average, none": None,
+    "average, ema": "ema",
+    "average, swa": "swa",
+}  # at the policy BEST
 
 
 class Transfer(Suite):
