@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import renorm as library
-from renorm.cli import main
 from renorm.cli.base import catalogue
 from renorm.cli.incoming import stopping
 from renorm.cli.parse import parse
@@ -28,7 +27,9 @@ from renorm.online.base import catalogue as methods
 from renorm.report import pictures, stream
 from renorm.report.base import Lines, Table, Words, thinned
 from renorm.stream import Step
-from tests.test_cli import NETS, Ran, refused
+from tests.test_cli import NETS, Ran, refused, renorm
+
+__all__ = ["renorm"]  # a fixture
 
 image = pytest.importorskip("PIL.Image")
 
@@ -56,15 +57,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         image.fromarray(pixels).save(tmp_path / "photos" / "ab"[label] / f"{place:02}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def renorm(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Ran]:
-    def run(words: str) -> Ran:
-        code = main(words.split())
-        return Ran(code, *capsys.readouterr())
-
-    return run
 
 
 def rows(path: str) -> list[dict[str, str]]:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from renorm.cli import main
 from renorm.cli.screen import Screen
 from renorm.errors import UsageError
 from renorm.files import claimed
-from tests.test_cli import NETS, Ran, Terminal, refused
+from tests.test_cli import NETS, Ran, Terminal, refused, renorm
+
+__all__ = ["renorm"]  # a fixture
 
 WIDE = NETS.replace("def net():", "def net(num_classes=2):").replace("nn.Linear(4, 2)", "nn.Linear(4, num_classes)")
 
@@ -35,15 +36,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "plain.npz", images=images.astype(np.uint8))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def renorm(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Ran]:
-    def run(words: str) -> Ran:
-        code = main(words.split())
-        return Ran(code, *capsys.readouterr())
-
-    return run
 
 
 def test_finetune_writes_weights_with_their_origin(folder: Path, renorm: Callable[[str], Ran]) -> None:

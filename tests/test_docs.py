@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from renorm import methods
+from renorm.cli.base import catalogue as commands
+from renorm.cli.parse import parse
 from renorm.methods.base import catalogue
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +55,25 @@ def test_the_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         for module in set(sys.modules) - before:
             if module.startswith("renorm.methods."):
                 del sys.modules[module]
+
+
+def command_lines(page: Path) -> list[str]:
+    """The lines of `page` that show the command line at work, without what a table says beside them."""
+    found = re.findall(r"^    (?:find .*\| )?(renorm +[a-z]+ +\S.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [
+        re.split(r" {3,}|  (?=[a-z\u4e00-\u9fff])", re.sub(r"^(renorm) +(\w+) {1,12}(?=\S)", r"\1 \2 ", line))[0]
+        for line in found
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if command_lines(page)], ids=lambda page: page.name)
+def test_every_command_line_on_a_page_is_one_that_is_read(page: Path) -> None:
+    for line in command_lines(page):
+        name, *words = re.split(r" [>|] ", line)[0].split()[1:]
+        if "--method" in words and words[words.index("--method") + 1] == "halfway":
+            continue  # which the page itself adds
+        given = [word.strip("[]") for word in words if word not in ("…", "--help")]
+        assert parse(commands()[name], given).name == name, line
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:

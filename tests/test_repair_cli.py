@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from renorm.cli import main
 from renorm.models import load_model
-from tests.test_cli import NETS, Ran, refused
+from tests.test_cli import NETS, Ran, refused, renorm
+
+__all__ = ["renorm"]  # a fixture
 
 
 @pytest.fixture
@@ -36,15 +37,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             state[name] = (value / step).round() * step + 0.3 * step
     save_file(state, tmp_path / "rounded.safetensors")
     return tmp_path
-
-
-@pytest.fixture
-def renorm(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Ran]:
-    def run(words: str) -> Ran:
-        code = main(words.split())
-        return Ran(code, *capsys.readouterr())
-
-    return run
 
 
 COMMAND = "repair nets.py:net plain.npz --checkpoint rounded.safetensors --sources whole.safetensors -o out.safetensors"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from importlib import import_module
 from inspect import isabstract
 from pkgutil import iter_modules
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from renorm.errors import UnknownName, UsageError
 
 Member = TypeVar("Member")
 
@@ -22,6 +26,25 @@ def members(package: str, interface: type[Member], *, key: str = "name") -> dict
         if thing.__module__ == module.__name__
     }
     return dict(sorted(found.items()))
+
+
+def built(kind: str, name: str, options: Mapping[str, Any], known: Mapping[str, type[Member]]) -> Member:
+    """The member called `name`, a frozen dataclass, with `options` for its fields; `kind` is what messages call a member.
+
+    Raises UnknownName for a name that is not known or an option that the member does not have, UsageError where one is missing.
+    """
+    if name not in known:
+        raise UnknownName(kind, name, known)
+    member: Any = known[name]
+    fields = [field.name for field in dataclasses.fields(member)]
+    for option in options:
+        if option not in fields:
+            raise UnknownName(f"option of the {kind} {name!r}", option, fields)
+    try:
+        made: Member = member(**options)
+    except TypeError as error:
+        raise UsageError(f"the {kind} {name!r} was given options it cannot take: {error}.") from error
+    return made
 
 
 def stub(package: str, interface: type[Member], *besides: str) -> str:

@@ -127,7 +127,7 @@ SCALED: Mapping[str, Said] = {
 
 # Set on 128 columns of gas sensors, known from their first two batches: 256 rows of each later batch, years later, as they
 # are, lie at most 1.6 times as far as nine in ten of their other columns; rows of one gas alone at most 2.7 times (bench
-# doctor has the mistakes that were planted, and what was found of them).
+# architectures has the mistakes that were planted, and what was found of them).
 BEYOND = 3.0  # times as far as nine in ten of the other columns
 START = 1.0  # distance below which nothing is asked: a factor of 2.7 around a middle of 0
 REST = 0.35  # share of its distance that a mistake taken back may leave

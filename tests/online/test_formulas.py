@@ -17,7 +17,7 @@ from renorm.moments import Moments
 from renorm.online.base import as_if, glance, packed, rows_of, source_units, unpacked
 from renorm.online.hybrid import least
 from renorm.online.kinds.descent import by_batch
-from renorm.online.kinds.mixes import Tally, apart, at_home, class_by_class, moved, variety
+from renorm.online.kinds.mixes import Tally, at_home, class_by_class, moved, total_variation, variety
 from renorm.online.lame import adjusted
 from renorm.online.roid import soft_likelihood_ratio
 from renorm.online.tbr import renormalised
@@ -350,9 +350,9 @@ def test_variety_counts_classes_against_those_that_could_show(chosen: tuple[int,
     assert variety(torch.tensor(chosen).double()) == pytest.approx(wanted)
 
 
-def test_apart_is_total_variation() -> None:
-    assert apart(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == 1
-    assert apart(torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.3])) == pytest.approx(0.2)
+def test_total_variation_of_two_mixes() -> None:
+    assert total_variation(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])) == 1
+    assert total_variation(torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.3])) == pytest.approx(0.2)
 
 
 class Signs(nn.Module):

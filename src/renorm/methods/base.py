@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from renorm.calls import Caller
-from renorm.errors import UnknownName, UsageError
-from renorm.family import members
+from renorm.errors import UsageError
+from renorm.family import built, members
 from renorm.moments import Moments
 from renorm.observation import Observation
 from renorm.profile import Profile
@@ -90,15 +89,4 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
 
     Raises UnknownName for a name that is not in the catalogue or an option that the method does not have.
     """
-    known = catalogue()
-    if name not in known:
-        raise UnknownName("method", name, known)
-    method = known[name]
-    fields = [field.name for field in dataclasses.fields(method)]
-    for option in options:
-        if option not in fields:
-            raise UnknownName(f"option of the method {name!r}", option, fields)
-    try:
-        return method(**options)
-    except TypeError as error:
-        raise UsageError(f"the method {name!r} was given options it cannot take: {error}.") from error
+    return built("method", name, options, catalogue())

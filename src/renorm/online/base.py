@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.calls import Caller
-from renorm.errors import UnknownName, UsageError
-from renorm.family import members
+from renorm.errors import UsageError
+from renorm.family import built, members
 from renorm.moments import TINY, Moments
 from renorm.profile import Profile
 from renorm.shift import Shift
@@ -155,15 +154,7 @@ def build(name: str, options: Mapping[str, Any]) -> Online:
 
     Raises UnknownName for a name that is not in the catalogue or an option that the method does not have.
     """
-    known = catalogue()
-    if name not in known:
-        raise UnknownName("online method", name, known)
-    method = known[name]
-    names = [each.name for each in dataclasses.fields(method)]
-    for option in options:
-        if option not in names:
-            raise UnknownName(f"option of the online method {name!r}", option, names)
-    return method(**options)
+    return built("online method", name, options, catalogue())
 
 
 def check_share(method: Online, *names: str) -> None:

@@ -26,7 +26,7 @@ from renorm.online.base import (
     has_places,
     source_units,
 )
-from renorm.online.kinds.mixes import Counts, Pair, Tally, apart, at_home, class_by_class, moved, variety
+from renorm.online.kinds.mixes import Counts, Pair, Tally, at_home, class_by_class, moved, total_variation, variety
 from renorm.profile import Profile
 from renorm.sites import Site
 
@@ -189,7 +189,7 @@ class _Shrinking(Running):
         found = self._believable(logits.double().cpu().softmax(1).mean(0))
         presumed = self._profile.prior if self._presumed is None else self._presumed
         chance = 0.5 * math.sqrt(len(found) / self._samples)
-        return apart(found, presumed) >= chance and self._once_more(found)
+        return total_variation(found, presumed) >= chance and self._once_more(found)
 
     def _once_more(self, mix: Tensor | None) -> bool:
         """Let the batch come again, and be normalised at this class mix."""

@@ -117,6 +117,6 @@ def variety(chosen: Tensor) -> float:
     return min(1.0, (kinds - 1) / (most - 1))
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def total_variation(one: Tensor, other: Tensor) -> float:
     """Total variation between two class mixes, in [0, 1]. Shapes: (K,), (K,)."""
     return 0.5 * float((one - other).abs().sum())
