@@ -29,6 +29,9 @@ def test_every_cell_has_its_own_key_and_a_place_in_the_table(data: Path) -> None
     assert {cell.key for cell in quick} <= {cell.key for cell in cells}
     sources, planted = 4 * 6 + 6 * 5 + 28, 5 * (13 + 5)
     assert len({cell.key for cell in cells}) == len(cells) == 3 * (sources + 3 * 2 + 4 * 6 + 4 + 3 * 4 + planted)
+    parts = [{(cell["part"], cell["seed"]) for cell in size} for size in (quick, cells)]
+    assert parts[0] == parts[1]  # something of every table, at every seed
+    assert len(quick) == 3 * (2 * 6 + 3 * 5 + 2 * 6 + 2 + 2 + 4 * 6 + 4 + 3 * 4 + 2 * 13)
     values = ("accuracy", "error", "steps_to_goal", "seconds_to_goal", "training_seconds", "steps", "reconstruction")
     values += ("divergence", "floor", "bound", "information", "active")
     values += ("tried", "found", "named", "errors", "warnings", "adapter_bytes", "adapter_same")
