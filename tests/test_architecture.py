@@ -70,6 +70,7 @@ ROOMS = (
     # judgement: values in, findings out
     *(
         "mend",
+        "initial",
         "adjacent",
         "second_look",
         "mixture",

@@ -86,8 +86,8 @@ def test_the_advice_names_preprocessing_where_the_first_layer_is_worst() -> None
     model.train()(images(100))
     diagnosis = diagnose(model.eval(), [images(100, scale=255)])
     assert diagnosis.worst is not None
-    assert diagnosis.worst.site == "0"
-    assert "preprocessing first" in diagnosis.worst.advice
+    assert (diagnosis.worst.rule, diagnosis.worst.site) == ("BN303", "0"), "the cause, before the shift that it makes"
+    assert "preprocessing first" in next(f for f in diagnosis.findings if f.rule == "BN302").advice
 
 
 def test_with_a_profile_a_sources_own_distance_is_no_shift() -> None:

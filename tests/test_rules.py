@@ -19,7 +19,7 @@ from renorm.facts import Facts
 from renorm.freeze import freeze_
 from renorm.mend import at_sites, setting
 from renorm.observe import observe
-from renorm.rules.base import Finding, catalogue
+from renorm.rules.base import Finding, Severity, catalogue, worst_first
 from renorm.sites import find_sites
 from tests import zoo
 from tests.contracts.photograph import differences, photograph, process
@@ -382,6 +382,40 @@ def test_statistics_after_few_updates_are_found_and_corrected_without_data() -> 
     torch.testing.assert_close(norms(model)[0].running_mean, norms(sound)[0].running_mean)
     undo.restore_()
     assert differences(before, photograph(model)) == []
+
+
+def test_few_updates_stand_before_the_shift_they_explain_and_one_fix_mends_all_layers() -> None:
+    batches = [images(50, seed=s, scale=0.2) for s in range(4)]
+    layers = [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    sound = settle(nn.Sequential(*layers), torch.cat(batches))
+    model = copy.deepcopy(sound)
+    _few_updates(model)
+    before = photograph(model)
+    diagnosis = diagnose(model, batches)
+    assert diagnosis.findings[0].rule == "BN308"
+    assert diagnosis.findings[0].severity == "error"
+    assert found(diagnosis, "BN302") == [], "these data are what it was trained on"
+    assert differences(before, photograph(model)) == []
+    (fix_,) = {finding.fix_ for finding in found(diagnosis, "BN308")}
+    assert fix_ is not None
+    fix_(model)
+    for norm, other in zip(norms(model), norms(sound), strict=True):
+        torch.testing.assert_close(norm.running_var, other.running_var, rtol=1e-4, atol=1e-5)
+    # data that are far from what it was trained on are, whatever few updates left
+    moved = [batch * 9 + 3 for batch in batches]
+    _few_updates(model)
+    assert found(diagnose(model, moved), "BN302")
+
+
+def test_a_cause_stands_before_what_it_explains_and_severity_before_both() -> None:
+    def finding(rule: str, severity: Severity, value: float) -> Finding:
+        return Finding(rule, "a", severity, value, "", 1.0, "", "")
+
+    shift, gap, few = (finding(rule, "error", v) for rule, v in (("BN302", 9), ("BN301", 5), ("BN308", 2)))
+    other, mild = finding("BN109", "error", 6), finding("BN308", "warning", 99)
+    order = worst_first([mild, gap, other, few, shift, finding("BN999", "info", 1)])
+    assert [f.rule for f in order] == ["BN308", "BN302", "BN109", "BN301", "BN308", "BN999"]
+    assert worst_first([gap, other]) == (other, gap)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

@@ -19,6 +19,7 @@ from renorm.columns import Columns
 from renorm.costs import PASSES, price
 from renorm.errors import BatchError, UsageError
 from renorm.freeze import holds_statistics
+from renorm.initial import without_it
 from renorm.kind import Kind, kind, moved_at, traces
 from renorm.loop import Loop
 from renorm.mend import Fix, Without, reestimating
@@ -36,7 +37,7 @@ from renorm.second_look import (
     gap_between_modes,
     trailing_padding,
 )
-from renorm.shift import Shift
+from renorm.shift import Shift, net_distance
 from renorm.sites import Site, find_sites, is_lazy, unwrap, walk
 from renorm.state import preserving
 from renorm.stored import Stored
@@ -313,21 +314,17 @@ class Facts:
 
     @cached_property
     def distances(self) -> dict[str, float]:
-        """Each site's shift in one number: 2-Wasserstein in source sd, less what sampling alone adds, mean over channels.
+        """Each site's shift in one number (`net_distance`), where its statistics are numbers and were ever estimated."""
+        far = {site.name: self._far(site, self.held[site.name]) for site in self.batch if site.name in self.shifts}
+        return {n: far[n] for n in self.shifts if n in far and n not in self.new and isfinite(far[n])}
 
-        A channel's squared distance is too large by the squared standard errors of its mean and of its sd, which for
-        images is about twice that of the mean alone. A site whose statistics are no numbers, or were never estimated, has
-        no distance: there is nothing to be far from.
-        """
-        eps = {site.name: site.eps for site in self.batch}
-        found = {}
-        for name, shift in self.shifts.items():
-            if name in self.new:
-                continue
-            error = self.observed[name].standard_error(self.held[name].var + eps[name])
-            squared = shift.wasserstein2.square() - 2 * error.square().to(shift.wasserstein2.device)
-            found[name] = float(squared.clamp_min(0).sqrt().mean())
-        return {name: distance for name, distance in found.items() if isfinite(distance)}
+    @cached_property
+    def settled(self) -> dict[str, float]:
+        """`distances` of the first batches without what few updates left of mean 0 and variance 1; only where that is nearer."""
+        return without_it(self.model, self.batch, self.distances, lambda: self._redistanced(self.few))
+
+    def _far(self, site: Site, held: Moments) -> float:
+        return net_distance(held, self.observed[site.name], eps=site.eps)
 
     def has(self, fact: str) -> bool:
         """Whether `fact` can be measured with what was given."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renorm.moments import TINY, Moments
+from renorm.moments import TINY, Moments, Observed
 
 
 class LayerShift(NamedTuple):
@@ -61,3 +61,15 @@ class Shift(NamedTuple):
         The one number a layer's weights follow from: a few dead channels, whose variance is all rounding, must not decide.
         """
         return float((self.mean_gap.square() + self.log_sd_ratio.square()).clamp_max(4).mean())
+
+
+def net_distance(source: Moments, seen: Observed, *, eps: float) -> float:
+    """The 2-Wasserstein distance in source sd, less what sampling alone adds, mean over channels.
+
+    A channel's squared distance is too large by the squared standard errors of its mean and of its sd, which for
+    images is about twice that of the mean alone.
+    """
+    shift = Shift.between(source, seen.values, eps=eps)
+    error = seen.standard_error(source.var + eps)
+    squared = shift.wasserstein2.square() - 2 * error.square().to(shift.wasserstein2.device)
+    return float(squared.clamp_min(0).sqrt().mean())

@@ -14,6 +14,7 @@ from renorm.report.base import Bar, Block, Picture, Table, Told, Tone, Words
 from renorm.report.shifts import name
 from renorm.rules.base import Finding, catalogue
 from renorm.rules.data_shift import DataShift
+from renorm.rules.few_updates import FewUpdates
 from renorm.said import Said, follow, listed, many, say
 
 TONES: Mapping[str, Tone] = {"error": "bad", "warning": "doubt", "info": "plain"}
@@ -147,8 +148,9 @@ def _where(first: Finding, others: int) -> Said:
 
 
 def _tones(diagnosis: Diagnosis) -> dict[str, Tone]:
-    """What each site's distance means, as the rule judged it."""
-    judged = {f.site: TONES[f.severity] for f in diagnosis.findings if f.rule == DataShift.id}
+    """What each site's distance means, as the rules on them judged it."""
+    by = (FewUpdates.id, DataShift.id)
+    judged = {f.site: TONES[f.severity] for rule in by for f in diagnosis.findings if f.rule == rule}
     return {site: judged.get(site, "good") for site in diagnosis.distances}
 
 

@@ -50,8 +50,17 @@ class Finding:
 
 
 def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """The findings by severity, then by how many times the limit was exceeded."""
-    return tuple(sorted(findings, key=lambda finding: finding.weight))
+    """By severity, then by how many times the limit was exceeded; of one severity, a cause stands before what it explains."""
+    found = list(findings)
+    rules = catalogue()
+
+    def place(finding: Finding) -> tuple[int, float, bool, float]:
+        explained = rules[finding.rule].explains if finding.rule in rules else ()
+        severity, own = finding.weight
+        caused = [f.weight[1] for f in found if f.rule in explained and f.severity == finding.severity]
+        return severity, min([own, *caused]), not caused, own
+
+    return tuple(sorted(found, key=place))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,7 @@ class Rule(ABC):
     title: ClassVar[str]  # a few plain words, for a list
     needs: ClassVar[tuple[str, ...]]
     wants: ClassVar[tuple[str, ...]] = ()  # facts that it asks for where they can be had
+    explains: ClassVar[tuple[str, ...]] = ()  # rules that would find nothing, or less, without what this one found
 
     @abstractmethod
     def check(self, facts: Facts) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import expm1, sqrt
 from typing import ClassVar
 
+from renorm.initial import NEARER
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import follow, say
 from renorm.suspects import Verdict
@@ -17,14 +18,14 @@ class DataShift(Rule):
     """At a site, the 2-Wasserstein distance of data from held statistics, less its sampling error, exceeds a limit.
 
     Effect sizes set the limits, never p-values: with enough images every difference is significant. Statistics that were
-    never estimated (BN105) are no source to be far from. With a source profile, a site at which the source's own data lie
+    never estimated (BN105) are no source to be far from, and what few updates explain (BN308) is no shift. With a source profile, a site at which the source's own data lie
     farther than the limit is held to that distance and a quarter more instead.
     """
 
     id: ClassVar[str] = "BN302"
     title: ClassVar[str] = say("data shift")
     needs: ClassVar[tuple[str, ...]] = ("distances", "mistakes")
-    wants: ClassVar[tuple[str, ...]] = ("suspect",)
+    wants: ClassVar[tuple[str, ...]] = ("settled", "suspect")
 
     # Source standard deviations, mean over channels. On data of their own kind (16 to 2,000 images) the worst sites of
     # ResNet-20, ResNet-8 (CIFAR-10) and MobileNet (visual wake words) lie at 0.08 to 0.25; under noise, blur, contrast
@@ -35,7 +36,10 @@ class DataShift(Rule):
     def check(self, facts: Facts) -> Iterator[Finding]:
         worst = max(facts.distances, key=lambda name: facts.distances[name], default=None)
         suspect = facts.suspect if facts.can("suspect") else None
-        for name, value in facts.distances.items():
+        settled = facts.settled if facts.can("settled") else {}
+        for name, far in facts.distances.items():
+            left = settled.get(name, far)
+            value = left if left < NEARER * far else far
             # a gap is a mean of squares, of log ratios among them: the mean distance of the same data, and a margin
             # for the noise in both
             own = 0.0 if facts.source is None else 1.25 * expm1(sqrt(facts.source.gap(name)))

@@ -6,47 +6,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from renorm.mend import at_sites
-from renorm.moments import Moments
+from renorm.initial import NEARER, taking_off
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import say
-from renorm.shift import Shift
-from renorm.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewUpdates(Rule):
-    """Of the initial mean 0 and variance 1 `(1 − momentum)^n` is left after n updates; without it the statistics fit better.
+    """Of mean 0 and variance 1 `(1 − momentum)^n` is left after n updates; without it the data lie nearer by half or more.
 
-    The counter alone is no proof, for statistics may be set otherwise: only the data make it a finding.
+    That is asked where more than 0.05 is left: n < 29 at momentum 0.1, n < 299 at 0.01. The counter alone is no proof, for
+    statistics may be set otherwise: only the data make it a finding.
     """
 
     id: ClassVar[str] = "BN308"
     title: ClassVar[str] = say("statistics still half initial")
-    needs: ClassVar[tuple[str, ...]] = (
-        "shifts",
-        "new",
-    )
+    needs: ClassVar[tuple[str, ...]] = ("settled", "distances")
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
 
-    left: float = 0.05  # share of the initial values: n < 29 at momentum 0.1, n < 299 at 0.01
-    # The corrected statistics must lie nearer the data by half, from this many source sd on (BN302's limit for fresh data).
-    nearer: float = 0.5
+    # Source standard deviations from the data: what counts as a data shift (BN302).
     limit: float = 0.3
+    error: float = 0.5
+    nearer: float = NEARER
 
     def check(self, facts: Facts) -> Iterator[Finding]:
-        for site in facts.batch:
-            far, corrected = facts.shifts.get(site.name), self._corrected(facts, site)
-            if far is None or corrected is None or site.name in facts.broken:
-                continue
-            was = far.layer.wasserstein2
-            now = Shift.between(corrected, facts.observed[site.name].values, eps=site.eps).layer.wasserstein2
+        fix_ = taking_off(facts.settled)
+        for name, now in facts.settled.items():
+            was = facts.distances[name]
             if was > self.limit and now < self.nearer * was:
                 yield Finding(
                     rule=self.id,
-                    site=site.name,
-                    severity="warning",
+                    site=name,
+                    severity="error" if was > self.error else "warning",
                     value=was,
                     unit=say("source sd from the data, less than half of it without the initial values"),
                     limit=self.limit,
@@ -55,26 +46,5 @@ class FewUpdates(Rule):
                         "statistics."
                     ),
                     advice=say("Recalibrate, or take the initial share off (the doctor's fix, which needs no data)."),
-                    fix_=at_sites([site.name], self._correct_, label="taking the initial values off"),
+                    fix_=fix_,
                 )
-
-    def _corrected(self, facts: Facts, site: Site) -> Moments | None:
-        left, held = share_left(site), facts.held.get(site.name)
-        if held is None or left is None or not self.left < left < 1:
-            return None
-        var = (held.var - left) / (1 - left)
-        return Moments(held.count, held.mean / (1 - left), var) if bool((var > 0).all()) else None
-
-    @staticmethod
-    def _correct_(site: Site) -> None:
-        left, held = share_left(site), site.statistics()
-        if left is not None and held is not None:
-            site.write_(Moments(held.count, held.mean / (1 - left), (held.var - left) / (1 - left)))
-
-
-def share_left(site: Site) -> float | None:
-    """The share of the initial values after the updates that the layer counted; None where it does not say."""
-    counter = getattr(site.module, "num_batches_tracked", None)
-    if site.momentum is None or not isinstance(counter, Tensor) or int(counter) < 1:
-        return None
-    return float((1 - site.momentum) ** int(counter))

@@ -28,6 +28,7 @@ class StaleStatistics(Rule):
     title: ClassVar[str] = say("new weights, old statistics")
     needs: ClassVar[tuple[str, ...]] = ("file", "held")
     wants: ClassVar[tuple[str, ...]] = ("distances",)
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
 
     limit: float = 0.3  # source sd, as for a data shift (BN302)
 

@@ -20,6 +20,7 @@ class WrongColumns(Rule):
     id: ClassVar[str] = "BN313"
     title: ClassVar[str] = say("wrong columns")
     needs: ClassVar[tuple[str, ...]] = ("mistakes",)
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
 
     def check(self, facts: Facts) -> Iterator[Finding]:
         for mistake in facts.mistakes:

@@ -20,6 +20,7 @@ class WrongInput(Rule):
     id: ClassVar[str] = "BN303"
     title: ClassVar[str] = say("wrong preprocessing")
     needs: ClassVar[tuple[str, ...]] = ("suspect",)
+    explains: ClassVar[tuple[str, ...]] = ("BN301", "BN302")
 
     def check(self, facts: Facts) -> Iterator[Finding]:
         verdict = facts.suspect
