@@ -80,7 +80,8 @@ def trust(
     total = source_margin + adapted_margin
     evidence = (adapted_margin - source_margin) / total if total > 0 else 0.0
     facts = say(
-        "on the {share:.0%} of samples where they differ, mean log odds are {adapted:.2f} adapted against {source:.2f} source",
+        "the two models answer {share:.0%} of the samples differently, and there the adapted one has mean log odds of "
+        "{adapted:.2f}, the source {source:.2f}",
         share=disagreement,
         adapted=adapted_margin,
         source=source_margin,
@@ -100,7 +101,7 @@ def trust(
         errors = _errors(gained)
         if errors < ERRORS:
             why = say(
-                "{facts}: {errors:.1f} standard errors apart where {least:g} are asked for, as the source's classes are mixed "
+                "{facts}; that is {errors:.1f} standard errors apart where {least:g} are asked for, as the source's classes are mixed "
                 "too unevenly to know the target's mix",
                 facts=facts,
                 errors=errors,
@@ -110,9 +111,12 @@ def trust(
     if better and moved is None and source is None:
         reliability = min(reliability, UNSEEN)
     if better:
-        why = say("{facts}: the adapted model is believed", facts=facts)
+        why = say("{facts}; the adapted model is believed", facts=facts)
     else:
-        why = say("{facts}: the source is believed: the adapted model is less sure", facts=facts)
+        why = say(
+            "{facts}; the adapted model is less sure of its new answers than the source of its own, so the source is believed",
+            facts=facts,
+        )
     return Trust(better, reliability, why, evidence, disagreement)
 
 
