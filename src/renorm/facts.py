@@ -320,7 +320,7 @@ class Facts:
 
     @cached_property
     def settled(self) -> dict[str, float]:
-        """`distances` of the first batches without what few updates left of mean 0 and variance 1; only where that is nearer."""
+        """`distances` of the first batches without what few updates left of mean 0 and variance 1, where that is nearer."""
         return without_it(self.model, self.batch, self.distances, lambda: self._redistanced(self.few))
 
     def _far(self, site: Site, held: Moments) -> float:

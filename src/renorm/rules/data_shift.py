@@ -18,8 +18,9 @@ class DataShift(Rule):
     """At a site, the 2-Wasserstein distance of data from held statistics, less its sampling error, exceeds a limit.
 
     Effect sizes set the limits, never p-values: with enough images every difference is significant. Statistics that were
-    never estimated (BN105) are no source to be far from, and what few updates explain (BN308) is no shift. With a source profile, a site at which the source's own data lie
-    farther than the limit is held to that distance and a quarter more instead.
+    never estimated (BN105) are no source to be far from, and what few updates explain (BN308) is no shift. With a source
+    profile, a site at which the source's own data lie farther than the limit is held to that distance and a quarter more
+    instead.
     """
 
     id: ClassVar[str] = "BN302"
