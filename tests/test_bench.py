@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from time import time
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from renorm.bench import compression, compression_table, corruptions, fold_table, peers, recalibrate_table, speed_table
+from renorm.bench import (
+    compression,
+    compression_table,
+    corruptions,
+    fold_table,
+    peers,
+    recalibrate_table,
+    runner,
+    speed_table,
+)
 from renorm.bench.base import SIZES, Cell, Row, Suite, catalogue, vary
 from renorm.bench.beds import BEDS
 from renorm.bench.intervals import paired, ratio
@@ -35,6 +46,7 @@ class Squares(Suite):
     revision: ClassVar = 1
     ran: ClassVar[list[int]] = []
     fails_at: ClassVar[int | None] = None
+    breaks_at: ClassVar[tuple[int, ...]] = ()
 
     def cells(self) -> Iterator[Cell]:
         for number in range(5):
@@ -43,6 +55,8 @@ class Squares(Suite):
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
         if cell["number"] == self.fails_at:
             raise KeyboardInterrupt
+        if cell["number"] in self.breaks_at:
+            raise ZeroDivisionError(f"at {cell['number']}")
         self.ran.append(cell["number"])
         return {"square": cell["number"] ** 2}
 
@@ -64,9 +78,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(Squares, "fails_at", 3)
     with pytest.raises(KeyboardInterrupt):
-        list(run_suite(squares, out=tmp_path, jobs=1))
+        list(run_suite(squares, out=tmp_path, processes=1))
     monkeypatch.setattr(Squares, "fails_at", None)
-    events = list(run_suite(squares, out=tmp_path, jobs=1))
+    events = list(run_suite(squares, out=tmp_path, processes=1))
     assert squares.ran == [0, 1, 2, 3, 4], "a finished cell was run again, or one was left out"
     assert events[0] == Started("squares", total=5, done=3)
     assert [event.done for event in events if isinstance(event, CellDone)] == [4, 5]
@@ -75,11 +89,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 
 
 def test_a_row_torn_by_a_kill_is_run_again_and_spoils_no_other(squares: Squares, tmp_path: Path) -> None:
-    list(run_suite(squares, out=tmp_path, jobs=1))
+    list(run_suite(squares, out=tmp_path, processes=1))
     file = tmp_path / "squares-quick.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     squares.ran.clear()
-    text = next(event.text for event in run_suite(squares, out=tmp_path, jobs=1) if isinstance(event, Finished))
+    text = next(event.text for event in run_suite(squares, out=tmp_path, processes=1) if isinstance(event, Finished))
     assert squares.ran == [4]
     assert text.endswith("0 1 4 9 16\n")
     assert len(Store(file, 1).rows(squares.cells())) == 5, "the new row was glued to the torn one"
@@ -88,15 +102,15 @@ def test_a_row_torn_by_a_kill_is_run_again_and_spoils_no_other(squares: Squares,
 def test_a_new_revision_runs_every_cell_again(
     squares: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    list(run_suite(squares, out=tmp_path, jobs=1))
+    list(run_suite(squares, out=tmp_path, processes=1))
     monkeypatch.setattr(Squares, "revision", 2)
-    list(run_suite(squares, out=tmp_path, jobs=1))
+    list(run_suite(squares, out=tmp_path, processes=1))
     assert squares.ran == [0, 1, 2, 3, 4] * 2
 
 
 def test_a_report_admits_rows_of_different_code(squares: Squares, tmp_path: Path) -> None:
     Store(tmp_path / "squares-quick.jsonl", 1).add(Row(Cell.of(number=0), {"square": 0}, code="0ld"))
-    finished = list(run_suite(squares, out=tmp_path, jobs=1))[-1]
+    finished = list(run_suite(squares, out=tmp_path, processes=1))[-1]
     assert isinstance(finished, Finished)
     assert "rows of 2 states of the code: 0ld, " in finished.text
 
@@ -104,18 +118,18 @@ def test_a_report_admits_rows_of_different_code(squares: Squares, tmp_path: Path
 def test_a_file_that_is_no_store_is_refused_by_line(squares: Squares, tmp_path: Path) -> None:
     (tmp_path / "squares-quick.jsonl").write_text('{"revision": 1, "cell": 3}\n')
     with pytest.raises(DataError, match=r"line 1 of .*squares-quick\.jsonl is no row of a benchmark"):
-        list(run_suite(squares, out=tmp_path, jobs=1))
+        list(run_suite(squares, out=tmp_path, processes=1))
 
 
 def test_rows_keep_the_types_of_their_factors(tmp_path: Path) -> None:
     cell = Cell.of(images="all", classes=3, seed=0)
-    Store(tmp_path / "rows.jsonl", 1).add(Row(cell, {"error": 1.5}, 0.25, "c0de"))
-    assert Store(tmp_path / "rows.jsonl", 1).rows([cell]) == [Row(cell, {"error": 1.5}, 0.25, "c0de")]
+    Store(tmp_path / "rows.jsonl", 1).add(Row(cell, {"error": 1.5}, 0.25, "c0de", "cpu"))
+    assert Store(tmp_path / "rows.jsonl", 1).rows([cell]) == [Row(cell, {"error": 1.5}, 0.25, "c0de", "cpu")]
     assert json.loads((tmp_path / "rows.jsonl").read_text())["cell"] == {"images": "all", "classes": 3, "seed": 0}
 
 
 def test_the_report_says_how_it_was_made_and_nothing_about_this_machine(squares: Squares, tmp_path: Path) -> None:
-    finished = list(run_suite(squares, out=tmp_path / "results", jobs=1))[-1]
+    finished = list(run_suite(squares, out=tmp_path / "results", processes=1))[-1]
     assert isinstance(finished, Finished)
     assert "renorm bench squares --size quick --seeds 3" in finished.text
     assert "torch 2" in finished.text
@@ -125,7 +139,7 @@ def test_the_report_says_how_it_was_made_and_nothing_about_this_machine(squares:
 
 
 def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
-    finished = list(run_suite(Squares(data=tmp_path), out=tmp_path, jobs=2))[-1]
+    finished = list(run_suite(Squares(data=tmp_path), out=tmp_path, processes=2))[-1]
     assert isinstance(finished, Finished)
     assert finished.text.endswith("0 1 4 9 16\n")
     assert not list(tmp_path.glob(".*")), "a part of a file was left behind"
@@ -134,9 +148,60 @@ def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
 def test_a_suite_that_measures_time_runs_alone(squares: Squares, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Squares, "timed", True)
     with pytest.raises(UsageError, match=r"'squares' measures time, which 2 processes would spoil"):
-        next(run_suite(squares, jobs=2))
-    with pytest.raises(UsageError, match=r"jobs=0 was asked for"):
-        next(run_suite(squares, jobs=0))
+        next(run_suite(squares, processes=2))
+    with pytest.raises(UsageError, match=r"processes=0 was asked for"):
+        next(run_suite(squares, processes=0))
+
+
+def test_a_cell_that_fails_costs_no_other(squares: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Squares, "breaks_at", (1, 3))
+    with pytest.raises(ZeroDivisionError, match="at 1") as caught:
+        list(run_suite(squares, out=tmp_path, processes=1))
+    assert "renorm: in the cell 1 of suite squares." in caught.value.__notes__
+    assert "renorm: 2 of 5 cells failed; the rows of the others are kept." in caught.value.__notes__
+    text = (tmp_path / "squares.md").read_text()
+    assert "Rows so far: 3 of 5 cells; the same command goes on from here." in text
+    assert text.endswith("0 4 16\n")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_cell_is_begun_when_time_is_over(squares: Squares, tmp_path: Path, processes: int) -> None:
+    Store(tmp_path / "squares-quick.jsonl", 1).add(Row(Cell.of(number=2), {"square": 4}, where="NVIDIA H100"))
+    events = list(run_suite(squares, out=tmp_path, processes=processes, minutes=0))
+    assert events[0] == Started("squares", total=5, done=1)
+    assert squares.ran == []
+    assert isinstance(events[-1], Finished)
+    assert "Rows so far: 1 of 5 cells" in events[-1].text
+    assert "Rows of: NVIDIA H100." in events[-1].text
+    with pytest.raises(UsageError, match=r"0 or more; got minutes=-1"):
+        next(run_suite(squares, minutes=-1))
+
+
+def test_workers_look_at_the_clock_before_a_cell(squares: Squares) -> None:
+    cell = next(squares.cells())
+    assert runner._run(squares, cell, time() - 1) is None
+    assert isinstance(runner._run(squares, cell, time() + 60), Row)
+
+
+def test_a_row_says_where_it_was_computed(squares: Squares, tmp_path: Path) -> None:
+    file = tmp_path / "squares-quick.jsonl"
+    file.write_text('{"revision": 1, "cell": {"number": 0}, "values": {"square": 0}, "seconds": 0, "code": "c0de"}\n')
+    Store(file, 1).add(Row(Cell.of(number=1), {"square": 1}, where="NVIDIA H100"))
+    finished = list(run_suite(squares, out=tmp_path, processes=1))[-1]
+    assert isinstance(finished, Finished)
+    here = f"cpu {platform.machine()}"
+    counts = {here: 3, "cpu x86_64": 1} if here != "cpu x86_64" else {here: 4}
+    said = ", ".join(f"{where} ({count})" for where, count in sorted({"NVIDIA H100": 1, **counts}.items()))
+    assert f"Rows of: {said}." in finished.text
+
+
+def test_a_device_that_a_suite_or_torch_has_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"'squares' computes on the processor, and device='cuda' was asked for"):
+        Squares(data=tmp_path, device="cuda")
+    monkeypatch.setattr(Squares, "moves", True)
+    with pytest.raises(UsageError, match=r"device='nowhere' was asked for, and torch has none here: "):
+        Squares(data=tmp_path, device="nowhere")
+    assert Squares(data=tmp_path, device="meta").device == "meta"
 
 
 # ── suites ──
@@ -478,7 +543,9 @@ def test_quick_cells_of_transfer_are_cells_of_full_and_leave_no_task_out() -> No
 
     data = shared("nets.py").parent
     quick, full = (list(catalogue()["transfer"](data=data, size=size).cells()) for size in SIZES)
-    assert full[: len(quick)] == quick, "rows of the one are rows of the other"
+    # rows of the one are rows of the other, and what is timed comes last in both
+    assert full[: len(quick) - 3] == quick[:-3]
+    assert quick[-3:] == full[-3:] == [cell for cell in full if cell["way"] == "cost"]
     assert len({cell.key for cell in full}) == len(full)
     compared = {(cell["task"], cell["way"]) for cell in quick if dict(cell.factors).get("share") == 0.15}
     assert compared >= {(task, way) for task in TASKS for way in ("plain", "plain, BN in eval", "Lightning", "auto")}
@@ -499,6 +566,19 @@ def test_a_cell_of_transfer_learns_a_new_task(way: str, monkeypatch: pytest.Monk
     assert 0 <= values["error"] < 60
     assert values["labels"] == 16
     assert ("norm_numbers" in values) == (way == "affine-and-head")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["plain", "Lightning", "auto", "+ stochnorm", "+ delta", "average, ema"])
+def test_a_cell_of_transfer_is_computed_on_a_gpu(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from renorm.bench import transfer
+
+    monkeypatch.setattr(transfer, "STEPS", 10)
+    suite = catalogue()["transfer"](data=shared("nets.py").parent, size="full", device="cuda")
+    row = runner._run(suite, Cell.of(task="gas batch 5", share=0.15, seed=0, way=way))
+    assert isinstance(row, Row)
+    assert 0 <= row.values["error"] < 60
+    assert row.where == torch.cuda.get_device_name()
 
 
 def test_domains_without_labels_are_told_in_both_frames() -> None:

@@ -151,7 +151,7 @@ def test_it_runs_and_needs_no_data(
 ) -> None:
     some = {name: families.FAMILIES[name] for name in ("lcnet", "starnet")}
     monkeypatch.setattr(breadth, "FAMILIES", some)
-    finished = list(run_suite(suite, out=tmp_path, jobs=1))[-1]
+    finished = list(run_suite(suite, out=tmp_path, processes=1))[-1]
     assert isinstance(finished, Finished)
     assert "    renorm bench breadth --size quick" in finished.text
     assert "**2 families, 0 wrong**" in finished.text

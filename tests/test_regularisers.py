@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -242,6 +242,35 @@ def test_a_failure_while_layers_stand_in_gives_the_batch_norms_back() -> None:
     assert differences(before, photograph(model)) == []
 
 
+class Listed(nn.Module):
+    """Layers in lists, which nobody calls; the last stage is a list of norm layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ModuleList([nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 1)])
+        self.bn = nn.ModuleList([nn.BatchNorm2d(6) for _ in self.conv])
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, bn in zip(self.conv, self.bn, strict=True):
+            x = bn(conv(x)).relu()
+        return cast(Tensor, self.fc(x.mean((2, 3))))
+
+
+def test_delta_compares_the_last_of_a_list_of_modules() -> None:
+    with running(Delta(), started(Listed().eval(), new=False, batches=data())) as (penalty, run):
+        step = run(data()[0])
+        with torch.no_grad():
+            assert float(penalty(step)) == 0
+    model = Listed().eval()
+    with running(Delta(), started(model, new=False, batches=data())) as (penalty, run):
+        with torch.no_grad():
+            cast(nn.BatchNorm2d, model.bn[-1]).bias.add_(1)
+        step = run(data()[0])
+        with torch.no_grad():
+            assert float(penalty(step)) > 0
+
+
 def test_what_they_cannot_do_is_refused() -> None:
     with pytest.raises(UsageError, match="stochnorm and shrink both train through a layer of their own"):
         finetune_(net(), data(), regularisers=["stochnorm", "shrink"], policy="all")
@@ -253,6 +282,9 @@ def test_what_they_cannot_do_is_refused() -> None:
         finetune_(net(), iter(data()), regularisers="co_tuning", head="new", classes=["a", "b", "c"], epochs=1)
     with pytest.raises(UsageError, match="delta compares the outputs of 'nowhere'"):
         finetune_(net(), data(), regularisers=Delta(layers=("nowhere",)), head="keep")
+    for attention in (True, False):
+        with pytest.raises(UsageError, match="delta compares the output of 'bn', which no forward calls"):
+            finetune_(Listed(), data(), regularisers=Delta(layers=("bn",), attention=attention), head="keep")
     headless = nn.Sequential(nn.Conv2d(3, 3, 8), nn.BatchNorm2d(3), nn.Flatten())
     with pytest.raises(UsageError, match="bss looks at the features before the head, and no head is found"):
         finetune_(headless, data(), regularisers="bss", head="keep", policy="all")

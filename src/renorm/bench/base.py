@@ -46,12 +46,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """What running one cell gave: a number for each name, the seconds it took, and which state of the code made it."""
+    """What running one cell gave: a number for each name, the seconds it took, which state of the code made it, and where."""
 
     cell: Cell
     values: Mapping[str, float]
     seconds: float = 0.0
     code: str = ""
+    where: str = ""
 
 
 def vary(default: Mapping[str, Value], **others: Sequence[Value]) -> list[dict[str, Value]]:
@@ -66,12 +67,12 @@ def vary(default: Mapping[str, Value], **others: Sequence[Value]) -> list[dict[s
 class Suite(ABC):
     """A benchmark: what it needs, which cells it has, how one is run and how the rows become a table.
 
-    `data` is the folder of data sets and weights; `seeds` is how often every cell is repeated. Drop a file with a
-    concrete subclass into this folder and `renorm bench` knows it by `name`. Raise `revision` when `run_cell` changes
-    what it measures: rows of an older revision are run again.
+    `data` is the folder of data sets and weights; `seeds` is how often every cell is repeated; `device` is where torch
+    computes. Drop a file with a concrete subclass into this folder and `renorm bench` knows it by `name`. Raise `revision`
+    when `run_cell` changes what it measures: rows of an older revision are run again.
 
     Raises:
-        UsageError: a size that is unknown, or fewer than three seeds.
+        UsageError: a size that is unknown, fewer than three seeds, or a device that the suite or this machine does not know.
         DataError: `data` is no folder, or lacks one of the files in `needs`.
     """
 
@@ -79,16 +80,19 @@ class Suite(ABC):
     revision: ClassVar[int]
     needs: ClassVar[tuple[str, ...]] = ()
     timed: ClassVar[bool] = False  # a suite that measures time runs its cells one after another, alone
+    moves: ClassVar[bool] = False  # whether `run_cell` puts models and data on `device`; without, it is the processor
 
     data: Path
     size: Size = "quick"
     seeds: int = 3
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise UnknownName("size", self.size, SIZES)
         if self.seeds < FEWEST_SEEDS:
             raise UsageError(f"a paired interval needs {FEWEST_SEEDS} seeds or more, and got seeds={self.seeds}")
+        self._refuse_other_device()
         if self.needs and (self.data == Path() or not self.data.is_dir()):
             found = "none was given" if self.data == Path() else f"{self.data} is no folder"
             raise DataError(f"--data should be the folder with {_some(self.needs)}; {found}")
@@ -98,6 +102,25 @@ class Suite(ABC):
                 f"the suite {self.name!r} reads {_some(missing)} in --data, and {self.data} holds no such file; "
                 "benchmarks/README.md says where they come from"
             )
+
+    def _refuse_other_device(self) -> None:
+        if self.device == "cpu":
+            return
+        if not self.moves:
+            raise UsageError(
+                f"the suite {self.name!r} computes on the processor, and device={self.device!r} was asked for; leave it out"
+            )
+        import torch
+
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            first = str(error).partition("\n")[0]
+            raise UsageError(f"device={self.device!r} was asked for, and torch has none here: {first}") from error
+
+    def device_of(self, cell: Cell) -> str:
+        """Where this cell is computed; a cell that measures the processor stays there."""
+        return self.device
 
     @abstractmethod
     def cells(self) -> Iterator[Cell]:

@@ -43,6 +43,10 @@ class Labelled(NamedTuple):
         """All but the first `count` images."""
         return Labelled(self.inputs[count:], self.labels[count:])
 
+    def to(self, device: torch.device | str) -> Labelled:
+        """The same on `device`."""
+        return Labelled(self.inputs.to(device), self.labels.to(device))
+
     def batches(self, size: int = 64) -> list[tuple[Tensor, Tensor]]:
         """(inputs, labels) of `size` images each, the last one of what is left."""
         return list(zip(torch.split(self.inputs, size), torch.split(self.labels, size), strict=True))

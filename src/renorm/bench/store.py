@@ -13,6 +13,8 @@ from renorm.errors import DataError
 
 __all__ = ["Store"]
 
+UNSAID = "cpu x86_64"  # where the rows were made that were written before rows said so
+
 
 class Store:
     """Rows of one suite at one revision in the file `path`; rows of other revisions stay there, unread."""
@@ -39,6 +41,7 @@ class Store:
                 "values": dict(row.values),
                 "seconds": round(row.seconds, 3),
                 "code": row.code,
+                "where": row.where,
             }
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,8 @@ class Store:
 
 def _row(entry: dict[str, Any]) -> Row:
     values = {name: float(value) for name, value in entry["values"].items()}
-    return Row(Cell(tuple(entry["cell"].items())), values, float(entry["seconds"]), str(entry["code"]))
+    cell, where = Cell(tuple(entry["cell"].items())), str(entry.get("where", UNSAID))
+    return Row(cell, values, float(entry["seconds"]), str(entry["code"]), where)
 
 
 def _ends_line(path: Path) -> bool:

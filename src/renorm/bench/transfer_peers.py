@@ -54,7 +54,7 @@ def backbone_finetuning(model: nn.Module, train: Labelled, *, classes: int, epoc
     callbacks = require("lightning.pytorch.callbacks", extra="test", purpose="comparing with Lightning")
     torch.manual_seed(seed)
     new_head_(model, split(model), classes)
-    place = split(model).head[0]
+    place, device = split(model).head[0], train.inputs.device
 
     class Tuned(lightning.LightningModule):  # type: ignore[misc, name-defined]
         """The model taken apart as the callback wants it: `backbone`, with nothing where the head stood, and `head`."""
@@ -77,7 +77,8 @@ def backbone_finetuning(model: nn.Module, train: Labelled, *, classes: int, epoc
     with _quiet():
         trainer = lightning.Trainer(
             max_epochs=epochs,
-            accelerator="cpu",
+            accelerator="cpu" if device.type == "cpu" else "gpu",
+            devices=1,
             callbacks=[callbacks.BackboneFinetuning(unfreeze_backbone_at_epoch=max(1, epochs // 3))],
             logger=False,
             enable_checkpointing=False,
@@ -86,7 +87,7 @@ def backbone_finetuning(model: nn.Module, train: Labelled, *, classes: int, epoc
         )
         trainer.fit(tuned, loader)
     model.set_submodule(place, tuned.head)
-    model.eval()
+    model.to(device).eval()  # the trainer brings it back to the processor
 
 
 @contextmanager

@@ -31,7 +31,8 @@ PRETRAINING = 4  # epochs on mnist15k
 class Task:
     """`source(data)`: a new copy of the pretrained net; `target(data)`: training and test samples of the new task.
 
-    near   whether the classes are the source's own, so that little more than the domain is new
+    near   whether the classes are the source's own, so that little more than the domain is new; in "usps in one frame" the
+           source's digits fill the frame as the target's do
     """
 
     source: Callable[[Path], nn.Module]
@@ -148,6 +149,7 @@ def _gas(data: Path, *, batch: str) -> tuple[Labelled, Labelled]:
 TASKS: Mapping[str, Task] = {
     **{f"gas batch {k}": Task(_gas_net, partial(_gas, batch=k), near=True) for k in ("3", "5", "6")},
     "usps": Task(_digits_net, _usps, near=True),
+    "usps in one frame": Task(partial(_digits_net, framed=True), _usps, near=True),
     "tinyimagenet20": Task(RESNET, partial(_split, name="tinyimagenet20")),
     "pacs3": Task(RESNET, partial(_pacs, side=32, pixels=IMAGENET)),
     "pneumoniamnist": Task(RESNET, partial(_split, name="pneumoniamnist")),

@@ -24,18 +24,23 @@ class Bench(Command):
     data: str = option("", "the folder with the data sets and weights; breadth needs none", metavar="DIR")
     size: Literal["quick", "full"] = option("quick", "quick takes minutes, full takes hours")
     seeds: int = option(3, "how often every cell is repeated")
+    device: str = option("cpu", "where torch computes, such as cuda; suites that measure the processor stay on it")
+    processes: int | None = option(None, "cells run side by side in so many; by default one per core")
+    minutes: float | None = option(None, "begin no cell after so many; 0 writes the table of what is known")
     output: str = option("benchmarks/results", "the folder for tables and rows", short="-o", metavar="DIR")
 
     def run(self, screen: Screen) -> Report:
-        from renorm.bench.runner import CellDone, Finished, open_suite, run_suite
+        from renorm.bench.runner import CellDone, Finished, Started, open_suite, run_suite
         from renorm.report.base import Report, Words
 
-        suite = open_suite(self.suite, data=self.data, size=self.size, seeds=self.seeds)
-        rows, written, text = 0, "", ""
+        suite = open_suite(self.suite, data=self.data, size=self.size, seeds=self.seeds, device=self.device)
+        rows, known, written, text = 0, 0, "", ""
         total = sum(1 for _ in suite.cells())
-        for event in screen.steps(run_suite(suite, out=self.output), self.suite, total=total + 2):
-            if isinstance(event, CellDone):
-                rows += 1
+        events = run_suite(suite, out=self.output, processes=self.processes, minutes=self.minutes)
+        for event in screen.steps(events, self.suite, total=total + 2):
+            if isinstance(event, Started | CellDone):
+                known = event.done
+                rows += isinstance(event, CellDone)
             elif isinstance(event, Finished):
                 written, text = str(event.report), event.text
         return Report(
@@ -43,11 +48,18 @@ class Bench(Command):
             model="",
             data=self.data,
             verdict=Words(
-                say("{rows} cells were run now, {total} are in the table.", rows=rows, total=total),
+                say("{rows} cells were run now, {total} are in the table.", rows=rows, total=known),
                 "good",
                 say("Written to {output}", output=written),
             ),
             blocks=(Words(text),),
             origin=self.origin(),
-            result={"suite": self.suite, "size": self.size, "report": written, "cells": total, "run_now": rows},
+            result={
+                "suite": self.suite,
+                "size": self.size,
+                "report": written,
+                "cells": total,
+                "known": known,
+                "run_now": rows,
+            },
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from renorm.errors import UsageError
 from renorm.regularisers.base import Penalty, Regulariser, Start, Step, check_weight, watched
-from renorm.sites import parameters_of, unwrap, walk
+from renorm.sites import device_of, parameters_of, unwrap, walk
 from renorm.state import evaluating
 
 
@@ -27,7 +27,8 @@ class Delta(Regulariser):
     attention   a_c: softmax over channels of how much the source's loss grows when the channel is silenced, measured on
                 `probes` batches with the old head, before training; False: 1 / C each
     probes      batches for that; each costs one forward per channel
-    layers      module names whose outputs are compared; () means the last module of each stage of features
+    layers      module names whose outputs are compared; () means the last module of each stage of features, within a list
+                of modules its last one
 
     The source is a frozen copy of the model in evaluation: twice the memory of the weights, and one more forward a step.
     With a new head the loss cannot be asked of the source, and channels are weighed by how the features move instead: the
@@ -64,8 +65,10 @@ class Delta(Regulariser):
             def penalty(step: Step) -> Tensor:
                 with evaluating(source):
                     start.caller.run(source, step.batch)
-                total = torch.zeros((), device=next(iter(seen.values())).device)
+                total = torch.zeros((), device=device_of(start.model))
                 for name in names:
+                    if name not in seen:
+                        raise _uncalled(name)
                     gap = seen[name].float() - held[name].float()
                     gap = gap.reshape(*gap.shape[:2], -1)
                     channels, positions = gap.shape[1:]
@@ -78,7 +81,7 @@ class Delta(Regulariser):
 
     def _places(self, start: Start) -> list[str]:
         known = dict(walk(unwrap(start.model)))
-        names = list(self.layers) or [stage[-1] for stage in start.parts.stages if stage[-1]]
+        names = list(self.layers) or [_called(stage[-1], known) for stage in start.parts.stages if stage[-1]]
         missing = [name for name in names if name not in known]
         if missing or not names:
             raise UsageError(
@@ -110,6 +113,8 @@ class Delta(Regulariser):
         handle = module.register_forward_hook(silence)
         try:
             whole = self._run(start, source, batch)
+            if not widths:
+                raise _uncalled(name)
             found = []
             for channel in range(widths[0]):
                 silenced[:] = [channel]
@@ -132,3 +137,14 @@ class Delta(Regulariser):
             return (part[0] - whole[0]).square().mean()
         labels = whole[1].long().cpu()
         return F.cross_entropy(part[0], labels) - F.cross_entropy(whole[0], labels)
+
+
+def _uncalled(name: str) -> UsageError:
+    return UsageError(f"delta compares the output of {name!r}, which no forward calls; name others with layers=.")
+
+
+def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The module of this name, or of a list of modules, which nobody calls, its last one."""
+    while isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+        name = f"{name}.{next(reversed(modules[name]._modules))}"
+    return name
