@@ -1,67 +1,21 @@
-"""renorm makes pretrained networks work on new data by getting their normalisation layers right."""
+"""renorm makes pretrained networks work on new data by getting their normalisation layers right.
 
-from renorm.adapt import adapt_ as adapt_
-from renorm.adapters import Adapter as Adapter
-from renorm.adapters import load_adapter_ as load_adapter_
-from renorm.adapters import save_adapter as save_adapter
-from renorm.advise import Advice as Advice
-from renorm.advise import advise as advise
-from renorm.affine import Affine as Affine
-from renorm.cite import cite as cite
-from renorm.columns import Columns as Columns
-from renorm.doctor import Diagnosis as Diagnosis
-from renorm.doctor import diagnose as diagnose
-from renorm.doctor import diagnose_file as diagnose_file
-from renorm.errors import BatchError as BatchError
-from renorm.errors import NoBatchNorm as NoBatchNorm
-from renorm.errors import RenormError as RenormError
-from renorm.evaluate import Score as Score
-from renorm.evaluate import evaluate as evaluate
-from renorm.events import FineTuned as FineTuned
-from renorm.export import Exported as Exported
-from renorm.export import export as export
-from renorm.finetune import finetune_ as finetune_
-from renorm.fold import Folded as Folded
-from renorm.fold import fold as fold
-from renorm.fold import load_folded_ as load_folded_
-from renorm.freeze import Freeze as Freeze
-from renorm.freeze import freeze_ as freeze_
-from renorm.freeze import frozen as frozen
-from renorm.freeze import unfreeze_ as unfreeze_
-from renorm.groups import check_groups as check_groups
-from renorm.groups import parameter_groups as parameter_groups
-from renorm.guard import Guard as Guard
-from renorm.moments import Moments as Moments
-from renorm.moments import Observed as Observed
-from renorm.observation import Observation as Observation
-from renorm.observe import observe as observe
-from renorm.policy import Policy as Policy
-from renorm.policy import apply_policy_ as apply_policy_
-from renorm.policy import policies as policies
-from renorm.policy import policy_table as policy_table
-from renorm.profile import Profile as Profile
-from renorm.profile import profile as profile
-from renorm.recalibrate import Adaptation as Adaptation
-from renorm.recalibrate import recalibrate_ as recalibrate_
-from renorm.recommend import Plan as Plan
-from renorm.recommend import recommend as recommend
-from renorm.repair import Repaired as Repaired
-from renorm.repair import repair_ as repair_
-from renorm.report import notebook as _notebook  # noqa: F401 (registers the faces of results)
-from renorm.serve import Served as Served
-from renorm.serve import serve_adapters as serve_adapters
-from renorm.shift import Shift as Shift
-from renorm.sites import Site as Site
-from renorm.sites import find_sites as find_sites
-from renorm.split import Split as Split
-from renorm.split import split as split
-from renorm.stream import Stream as Stream
-from renorm.surgery import Conversion as Conversion
-from renorm.surgery import convert_ as convert_
-from renorm.verify import Gap as Gap
-from renorm.verify import verify as verify
-from renorm.watch import Watch as Watch
-from renorm.watch import watch as watch
+Names are imported when they are asked for, so that `renorm --help` need not wait for torch. A name that a room bears too
+(`renorm.observe`) is what the room offers under it, never the room, whatever was imported before.
+"""
+
+# ruff: noqa: F403, F405 (what __all__ lists is in renorm.public, where ruff does not look)
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from renorm.faces import registered_by
+
+if TYPE_CHECKING:
+    from renorm.public import *
 
 __version__ = "0.1.0"
 __all__ = [
@@ -127,3 +81,28 @@ __all__ = [
     "verify",
     "watch",
 ]
+
+
+class _Package(ModuleType):
+    """A package that imports what it is asked for, and knows which of its names are more than rooms."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in __all__:
+            value = getattr(import_module("renorm.public"), name)
+        elif name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        else:
+            return import_module(f"{__name__}.{name}")
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a room here by its name once it is imported
+        super().__setattr__(name, getattr(value, name) if isinstance(value, ModuleType) and name in __all__ else value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
+registered_by("renorm.report.notebook")

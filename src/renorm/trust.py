@@ -101,8 +101,8 @@ def trust(
         errors = _errors(gained)
         if errors < ERRORS:
             why = say(
-                "{facts}; that is {errors:.1f} standard errors apart where {least:g} are asked for, as the source's classes are "
-                "mixed too unevenly to know the target's mix",
+                "{facts}; that is {errors:.1f} standard errors apart where {least:g} are asked for, as the source's classes "
+                "are mixed too unevenly to know the target's mix",
                 facts=facts,
                 errors=errors,
                 least=ERRORS,

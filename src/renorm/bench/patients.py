@@ -22,7 +22,7 @@ resnet10t resnet18 resnet26t seresnet18 skresnet18 lcnet_035 mobilenetv2_035 mob
 semnasnet_075 fbnetc_100 efficientnet_lite0 tinynet_e ghostnet_050 ghostnetv2_100 hardcorenas_a spnasnet_100
 mobilenetv4_conv_small_035 regnetx_002 regnety_002 dla46_c efficientvit_b0 repghostnet_050 ese_vovnet19b_slim_dw
 rexnetr_200 starnet_s050 mobileone_s0 repvit_m0_9 hgnetv2_b0 shvit_s1 fasternet_t0 mobilevit_xxs mobilevitv2_050
-squeezenext cs3darknet_focus_s densenet121 inception_v3 test_efficientnet test_byobnet
+cs3darknet_focus_s densenet121 test_efficientnet test_byobnet
 """.split()
 VISION = "resnet18 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 mnasnet0_5 regnet_x_400mf googlenet".split()
 HUB: Mapping[str, tuple[str, dict[str, Any]]] = {

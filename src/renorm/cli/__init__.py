@@ -1,4 +1,4 @@
-"""The command line. Nothing here imports torch before a command runs; `import renorm`, which stands before it, does."""
+"""The command line. Nothing here imports torch before a command runs."""
 
 from renorm.cli.main import main as main
 
