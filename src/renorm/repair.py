@@ -257,7 +257,7 @@ def _rescale_(modules: Mapping[str, nn.Module], place: _Place, affine: Affine) -
         after.absorb_(modules)
         return
     held, like = layer._parameters["bias"], next(t for t in layer.parameters() if t.is_floating_point())
-    shift = affine.shift if held is None else affine.shift + held.detach().double()
+    shift = affine.shift if held is None else affine.shift.to(held.device) + held.detach().double()
     if held is None:
         layer.bias = nn.Parameter(shift.to(like.device, like.dtype), requires_grad=like.requires_grad)
     else:

@@ -63,7 +63,7 @@ class Running(ABC):
         self.subject: Subject = subject
         self.changes: int = 0  # of domain, as far as the method notices them
         self.held: dict[str, Moments] = {
-            site.name: held for site in subject.sites if (held := site.statistics()) is not None
+            site.name: held.to("cpu") for site in subject.sites if (held := site.statistics()) is not None
         }
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
@@ -215,10 +215,10 @@ def glance(x: Tensor, *, axis: int = 1, rows: int | None = None) -> Moments | No
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     mean, var = torch.zeros(x.shape[1]).to(x), torch.ones(x.shape[1]).to(x)
     F.batch_norm(x, mean, var, None, None, True, 1.0)
+    mean, var = (mean, var) if mean.device.type == "cpu" else torch.stack((mean, var)).cpu()  # waits for the device once
     if not bool(torch.isfinite(mean.sum() + var.sum())):
         return None
-    wide = (mean.cpu().double(), var.cpu().double() * ((count - 1) / count))  # torch keeps the unbiased one
-    return Moments(count, *wide)
+    return Moments(count, mean.double(), var.double() * ((count - 1) / count))  # torch keeps the unbiased one
 
 
 def as_if(site: Site, x: Tensor, mean: Tensor, var: Tensor, held: Moments) -> Tensor:
