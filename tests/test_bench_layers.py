@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from renorm.bench import layers, training
+from renorm.bench import device, layers, training
 from renorm.bench.base import Cell, Row, catalogue
 from renorm.layers.base import catalogue as every_layer
 from tests.data import shared
@@ -24,7 +24,7 @@ def test_a_cell_of_layers_times_every_layer_both_ways(tmp_path: Path, monkeypatc
 
 
 def test_one_pass_a_domain_gives_what_one_pass_for_all_gives() -> None:
-    ways, x = layers._ways(4), torch.randn(16, 4, 5, 5)
+    ways, x = layers.ways_of(4), torch.randn(16, 4, 5, 5)
     for norm in ways[layers.ONE_BY_ONE].args[0]:
         norm.eval()
     layer = ways["per_domain"].args[0].eval()
@@ -86,3 +86,18 @@ def test_a_cell_of_training_counts_steps_and_the_table_takes_the_best_rate(monke
     ]
     assert "| batch | 40 (40–40) | 1.0 (1.0–1.0) | 1 | 0.1 |" in suite.table(rows)
     assert "## digits" in suite.table([])
+
+
+def test_the_suite_of_a_device_times_each_part_beside_its_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"NETWORKS": ("resnet18",), "SIDE": {"quick": 32}, "STREAMED": (1, 16), "DENSE": 64, "ESTIMATED": 64}
+    for name, value in (small | {"SHAPES": ((8, 5),), "TURNS": {"quick": 1}, "SEQUENCE": (4, 5, 8)}).items():
+        monkeypatch.setattr(device, name, value)
+    suite = catalogue()["device"](data=tmp_path)
+    cells = [cell for cell in suite.cells() if cell["seed"] == 0 and dict(cell.factors).get("dtype") != "float16"]
+    assert [cell["part"] for cell in cells] == [*["stream"] * 2, *["estimate"] * 2, *["layers"] * 2, "recurrent"]
+    rows = [Row(cell, suite.run_cell(cell)) for cell in cells]
+    assert all(0 < seconds < 60 for row in rows for seconds in row.values.values())
+    table = suite.table(rows)
+    for wanted in ("| plain, ms |", "| shrink+guard |", "| ours auto |", "| per_domain |", "| BNLSTM |"):
+        assert wanted in table
+    assert suite.table([]).count("## ") == 4

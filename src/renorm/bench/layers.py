@@ -15,7 +15,7 @@ from renorm.bench.base import Cell, Row, Suite
 from renorm.bench.markdown import table as markdown
 from renorm.layers.base import catalogue
 
-__all__ = ["Layers"]
+__all__ = ["DOMAINS", "DTYPES", "IMAGES", "ONE_BY_ONE", "TORCH", "Layers", "ways_of"]
 
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {  # channels and side
     "quick": ((64, 56), (512, 28), (2048, 7)),
@@ -51,7 +51,7 @@ class Layers(Suite):
             yield Cell.of(part="compiled", dtype="float32", channels=256, side=28, seed=seed)
 
     def run_cell(self, cell: Cell) -> Mapping[str, float]:
-        ways = _ways(cell["channels"])
+        ways = ways_of(cell["channels"])
         if cell["part"] == "compiled":
             kept = {name: ways[name] for name in (TORCH, *COMPILED[self.size])}
             ways = kept | {f"{name} compiled": _compiled(run) for name, run in kept.items()}
@@ -82,7 +82,8 @@ backward at most {LIMITS["both"]}, `frozen` {FROZEN}; forward alone at most {LIM
 TITLES = {"both": "Forward and backward, by shape", "forward": "Forward alone, by shape"}
 
 
-def _ways(channels: int) -> dict[str, Run]:
+def ways_of(channels: int) -> dict[str, Run]:
+    """torch's batch norm, every layer of the catalogue, and a pass per domain, in training, where torch makes tensors now."""
     ids = torch.arange(IMAGES) % DOMAINS
     ways: dict[str, Run] = {TORCH: nn.BatchNorm2d(channels)}
     for name, layer in catalogue().items():
