@@ -75,7 +75,9 @@ def test_moments_are_seen_alike(case: zoo.Case) -> None:
         alike(case, ours[place].values.var.float(), seen.values.var.float())
 
 
-@pytest.mark.parametrize("how", [{}, {"channels_last": True}, {"autocast": torch.bfloat16}, {"autocast": torch.float16}])
+@pytest.mark.parametrize(
+    "how", [{}, {"channels_last": True}, {"autocast": torch.bfloat16}, {"autocast": torch.float16}]
+)
 def test_a_profile_made_in_one_place_serves_in_the_other(how: dict[str, Any], tmp_path: Path) -> None:
     model, batches = net(), data()
     there = on_cuda(model)
@@ -108,7 +110,8 @@ def test_a_stream_answers_alike_under_the_guard_and_is_undone(case: zoo.Case, na
         assert differences(before, photograph(model)) == []
     for ours, theirs in zip(answers["cuda"], answers["cpu"], strict=True):
         if name == "unmix":  # draws its first components, on the device
-            assert ours.device.type == "cuda" and ours.shape == theirs.shape
+            assert ours.device.type == "cuda"
+            assert ours.shape == theirs.shape
         else:
             torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-2)
 
@@ -205,7 +208,8 @@ def test_fine_tuning_runs_there_and_is_undone(policy: str) -> None:
     model = net().cuda()
     before = photograph(model)
     tuned = renorm.finetune_(model, data(), data(seed=1), policy=policy, epochs=10, head="new")
-    assert tuned.value is not None and tuned.value > 0.5
+    assert tuned.value is not None
+    assert tuned.value > 0.5
     assert all(t.is_cuda for t in (*model.parameters(), *model.buffers()))
     tuned.restore_()
     assert differences(before, photograph(model)) == []
@@ -214,13 +218,15 @@ def test_fine_tuning_runs_there_and_is_undone(policy: str) -> None:
 @pytest.mark.parametrize("name", sorted(regularisers()))
 def test_a_regulariser_works_there(name: str) -> None:
     tuned = renorm.finetune_(net().cuda(), data(), data(seed=1), "all", name, epochs=10)
-    assert tuned.value is not None and tuned.value > 0.5
+    assert tuned.value is not None
+    assert tuned.value > 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fine_tuning_under_autocast(dtype: torch.dtype) -> None:
     tuned = renorm.finetune_(net().cuda(), data(), data(seed=1), epochs=10, autocast=dtype, channels_last=True)
-    assert tuned.value is not None and tuned.value > 0.5
+    assert tuned.value is not None
+    assert tuned.value > 0.5
 
 
 @pytest.mark.parametrize("joint", ["transferable", "per_domain"])
@@ -234,13 +240,13 @@ def test_a_run_that_stopped_there_goes_on_to_the_same_end(tmp_path: Path) -> Non
     whole, halves = net().cuda(), net().cuda()
     renorm.finetune_(whole, data(), epochs=2, head="keep", policy="all")
     with pytest.raises(KeyboardInterrupt):
-        renorm.finetune_(halves, stopping(), epochs=2, head="keep", policy="all", run=tmp_path / "run", save_every=1)
+        renorm.finetune_(halves, Stopping(), epochs=2, head="keep", policy="all", run=tmp_path / "run", save_every=1)
     renorm.finetune_(halves, data(), epochs=2, head="keep", policy="all", run=tmp_path / "run", save_every=1)
     for ours, theirs in zip(halves.state_dict().values(), whole.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, **ALIKE)
 
 
-class stopping(list[Any]):
+class Stopping(list[Any]):
     """Batches that stop the run while the second epoch is read."""
 
     def __init__(self) -> None:

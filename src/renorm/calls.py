@@ -258,7 +258,8 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
         if getattr(module, "_compiled_call_impl", None) is not None:
             stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
             module._compiled_call_impl = None
-        if isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        inner = module._modules.get("_orig_mod")  # in `_modules`, where looking for what is not there is cheap
+        if inner is not None:
             stack.callback(setattr, module, "forward", module.forward)
             module.forward = inner.__call__
     return stack

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
@@ -379,6 +380,5 @@ def has_idle_children(site: Site) -> bool:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer is; the CPU for a model without any."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device

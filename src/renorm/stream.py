@@ -230,12 +230,12 @@ class Stream:
             self._running.settle()
 
     def _adapted(self, batch: Any, samples: int, *, learn: bool) -> tuple[Tensor, Tensor]:
-        running = self._running
-        with visiting(self._subject.model, self._subject.sites, running.visit):
-            running.begin(samples, batch, learn=learn)
-            rows, logits = self._scored(batch)
-            while learn and running.again(rows.detach()):
+        running, more = self._running, True
+        running.begin(samples, batch, learn=learn)
+        while more:
+            with visiting(self._subject.model, running.places, running.visit):
                 rows, logits = self._scored(batch)
+            more = learn and running.again(rows.detach())
         answer = running.answer(rows)
         return rows, logits if answer is rows else shaped(answer, rows, logits)
 

@@ -52,8 +52,8 @@ class Subject:
 class Running(ABC):
     """A method on its way through one stream: what it has learnt, and how the next batch is normalised.
 
-    The stream calls `begin`, runs the model with `visit` at every site, once more where `again` asks for it, and calls
-    `finish` with the logits. What was seen counts from `finish` on: a forward that fails has changed nothing but the
+    The stream calls `begin`, runs the model with `visit` at every one of `places`, once more where `again` asks for it, and
+    calls `finish` with the logits. What was seen counts from `finish` on: a forward that fails has changed nothing but the
     statistics that layers were lent, which `settle` puts right.
     """
 
@@ -70,6 +70,11 @@ class Running(ABC):
         """A batch comes; `learn` says whether `finish` will be told."""
         return
 
+    @property
+    def places(self) -> Sequence[Site]:
+        """Where the next forward is to be visited; a hook costs a network of small layers more than it seems."""
+        return self.subject.sites
+
     @abstractmethod
     def visit(self, site: Site, x: Tensor) -> Tensor | None:
         """Before a batch norm normalises `x`: lend it statistics, or give back what it should normalise in place of `x`."""
@@ -77,7 +82,7 @@ class Running(ABC):
     def again(self, logits: Tensor) -> bool:
         """Whether the batch that is to be learnt from shall go through the model once more, now that these are its logits.
 
-        `visit` then comes again, as after `begin`. Shapes: logits (N, K).
+        `visit` then comes again, as after `begin`, at the `places` that it then has. Shapes: logits (N, K).
         """
         return False
 
@@ -215,7 +220,9 @@ def glance(x: Tensor, *, axis: int = 1, rows: int | None = None) -> Moments | No
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     mean, var = torch.zeros(x.shape[1]).to(x), torch.ones(x.shape[1]).to(x)
     F.batch_norm(x, mean, var, None, None, True, 1.0)
-    mean, var = (mean, var) if mean.device.type == "cpu" else torch.stack((mean, var)).cpu()  # waits for the device once
+    mean, var = (
+        (mean, var) if mean.device.type == "cpu" else torch.stack((mean, var)).cpu()
+    )  # waits for the device once
     if not bool(torch.isfinite(mean.sum() + var.sum())):
         return None
     return Moments(count, mean.double(), var.double() * ((count - 1) / count))  # torch keeps the unbiased one

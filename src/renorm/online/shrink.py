@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -120,7 +120,7 @@ class _Shrinking(Running):
         self._there = self._home
         self._start_anew()
         self._samples, self._asked, self._learn, self._due = 0, True, True, True
-        self._sudden = self._twice = self._blind = False
+        self._sudden = self._twice = self._blind = self._alone = False
         self._now: dict[str, Pair] = {}
         self._far: dict[str, float] = {}
         self._lent: dict[str, Lent] = {}
@@ -141,6 +141,7 @@ class _Shrinking(Running):
         self._sudden = self._twice = False
         self._rested = self._rested + 1 if learn and self._measured >= self._method.dense else 0
         self._learn = learn and self._rested % self._method.thin == 0
+        self._alone = not self._learn
         self._due = self._learn and (samples >= self._method.every or self._pending + samples >= self._method.every)
         self._presumed = self._mix
         if self._mix is not None and self._counts.images:
@@ -153,6 +154,12 @@ class _Shrinking(Running):
             came, now = self._came(), self._method.now * self._samples
             whole = now * mix if came.classes is None else came.classes + now * mix
             self._there = self._in_units(self._profile, whole / (came.images + now))
+
+    @property
+    def places(self) -> Sequence[Site]:
+        """Between two lessons the first alone, to notice another domain by; of small batches none."""
+        sites = self.subject.sites
+        return sites if self._learn else sites[: self._asked and self._samples >= SUDDEN]
 
     def visit(self, site: Site, x: Tensor) -> None:
         first = site.name == self._early[0] and self._asked
@@ -179,6 +186,9 @@ class _Shrinking(Running):
             self._lend(site, mean, second)
 
     def again(self, logits: Tensor) -> bool:
+        if self._alone and self._learn:  # another domain, seen at the first site when no other was looked at
+            self._alone, self._now, self._far = False, {}, {}
+            return True
         if self._twice or not self._learn:
             return False
         if not self._sudden and self._changed(self._samples):
@@ -284,7 +294,7 @@ class _Shrinking(Running):
         known = None if self._sudden else self._tallies.get(name)
         if known is not None:
             return known
-        return _nothing(groups, len(self.held[name].mean))
+        return Tally.empty(groups, len(self.held[name].mean))
 
     def _believable(self, found: Tensor) -> Tensor:
         """The class mix (K,) that a batch's answers show, as far as the profile can vouch for it (`Profile.belief`)."""
@@ -305,7 +315,7 @@ class _Shrinking(Running):
         old = 0.5 ** (samples / 64)
         for name, (first, second) in self._now.items():
             one = torch.full((1,), float(samples), dtype=torch.float64)
-            fast = self._fast[name].times(old) if name in self._fast else _nothing(1, len(first))
+            fast = self._fast[name].times(old) if name in self._fast else Tally.empty(1, len(first))
             self._fast[name] = fast = fast.plus(one, first, second)
             if name in self._tallies and self._counts.images >= 64 and float(fast.samples) >= 32:
                 far[name] = self._far_from_before(name, *fast.pooled())
@@ -322,7 +332,7 @@ class _Shrinking(Running):
         """A distance at the first sites, their mean, and at those behind them, their median; 0 where there are none."""
         first = [value for name, value in far.items() if name in self._early]
         later = [value for name, value in far.items() if name not in self._early]
-        return mean(first) if first else 0.0, median(later) if later else 0.0
+        return fmean(first) if first else 0.0, median(later) if later else 0.0
 
     def _far_from_before(self, name: str, mean: Tensor, var: Tensor) -> float:
         before, spread = self._tallies[name].pooled()
@@ -380,12 +390,6 @@ class _Shrinking(Running):
                 site.normalise_by_(self._lent[name].moments)
             else:
                 site.normalise_by_(self.held[name])
-
-
-def _nothing(groups: int, channels: int) -> Tally:
-    """A tally in which nothing was booked yet."""
-    size = (groups, channels)
-    return Tally(*(torch.zeros(shape, dtype=torch.float64) for shape in (groups, size, size)))
 
 
 def _ramp(value: float, start: float, end: float) -> float:

@@ -20,6 +20,12 @@ class Tally(NamedTuple):
     first: Tensor
     second: Tensor
 
+    @classmethod
+    def empty(cls, groups: int, channels: int) -> Tally:
+        """Nothing booked yet."""
+        size = (groups, channels)
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in (groups, size, size)))
+
     def plus(self, count: Tensor, first: Tensor, second: Tensor) -> Tally:
         """With samples of these moments more, `count` (G,) of each group."""
         each = count[:, None]
