@@ -538,6 +538,22 @@ def test_the_table_of_transfer_computes_its_verdicts() -> None:
     table(None, [])  # type: ignore[arg-type]
 
 
+def test_adapters_are_judged_on_near_domains_and_on_usps_as_it_is_too() -> None:
+    errors = {"usps": (16.0, 27.0), "usps in one frame": (9.0, 10.0), "gas batch 3": (1.0, 1.5)}
+    rows = [
+        Row(Cell.of(task=task, share=0.15, seed=seed, way=way), {"error": error + seed})
+        for task, pair in errors.items()
+        for way, error in zip(("all", "affine-and-head"), pair, strict=True)
+        for seed in range(3)
+    ]
+    table = catalogue()["transfer"].table(None, rows)  # type: ignore[arg-type]
+    near, whole = (line for line in table.splitlines() if line.startswith("| an adapter within 2 points"))
+    assert near.endswith(": usps in one frame +1.0, gas batch 3 +0.5 | yes |")
+    assert near.startswith("| an adapter within 2 points of `all` on near domains at 15 % | +0.8 ")
+    assert "USPS as its files are | +5.8 " in whole
+    assert whole.endswith("| no |")
+
+
 def test_quick_cells_of_transfer_are_cells_of_full_and_leave_no_task_out() -> None:
     from renorm.bench.transfer_tasks import TASKS
 
@@ -630,3 +646,36 @@ def test_sixteen_domains_are_served_and_timed(monkeypatch: pytest.MonkeyPatch) -
     ]
     assert all(row.values["apart"] < 1e-5 for row in rows)
     assert "| resnet18 | channels last |" in suite.table(rows)
+
+
+def test_a_lean_step_keeps_less_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    from renorm.bench import memory
+
+    monkeypatch.setitem(memory.NETWORKS["quick"], "resnet18", 64)
+    monkeypatch.setattr(memory, "TURNS", 1)
+    suite = catalogue()["memory"](data=Path())
+    rows = [Row(cell, suite.run_cell(cell)) for cell in list(suite.cells())[:2]]
+    for row in rows:
+        assert row.cell["on"] == "resnet18"
+        assert row.values["lean_bytes"] < 0.8 * row.values["normal_bytes"]
+        assert row.values["lean_gradients"] == row.values["lean_statistics"] == 0
+    assert rows[0].values["switch_statistics"] > 0.01, "timm's switch moves statistics twice"
+    assert rows[1].values["switch_statistics"] == 0, "frozen ones do not move"
+    assert "| resnet18 | frozen-statistics |" in suite.table(rows)
+
+
+def test_bytes_are_counted_for_as_long_as_they_live() -> None:
+    from renorm.bench.memory import Alive
+
+    x = torch.zeros(1000)
+    with Alive() as alive:
+        y = x + 1  # 4,000 bytes
+        z = y.view(10, 100) * 2  # a view is no more, its double is
+        assert (alive.now, alive.peak) == (8000, 8000)
+        del y, z
+        assert alive.now == 0
+        y = x.clone()
+    assert alive.peak == 8000
+    del y
+    assert alive.now == 0

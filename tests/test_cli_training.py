@@ -187,3 +187,12 @@ def test_a_few_labels_are_solved_and_said(folder: Path, renorm: Callable[[str], 
     assert ran.code == 0
     assert "No step was taken: the head was solved." in ran.out
     assert "few-labels" in ran.out
+
+
+def test_little_memory_writes_the_same_weights(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    words = "finetune nets.py:net two.npz --epochs 1 --lr 0.02 --policy all"
+    assert renorm(f"{words} -o normal.safetensors").code == 0
+    assert renorm(f"{words} -o lean.safetensors --memory lean").code == 0
+    with safe_open("normal.safetensors", "pt") as normal, safe_open("lean.safetensors", "pt") as lean:
+        assert all(torch.equal(normal.get_tensor(n), lean.get_tensor(n)) for n in normal.keys())
+    refused(renorm(f"{words} -o tight.safetensors --memory tight"), "--memory")

@@ -21,6 +21,7 @@ from renorm.events import Epoch, Event, FineTuned, Finished, Stepped
 from renorm.feed import Feed
 from renorm.few import solve_
 from renorm.joint import Alone, Joint
+from renorm.lean import lean_
 from renorm.policy import Policy
 from renorm.provenance import fingerprint
 from renorm.recalibrate import recalibrate_
@@ -60,7 +61,7 @@ def finetune_(
     head: Literal["auto", "new", "keep"] = "auto",
     loss: Loss | None = None,
     metric: Metric = "accuracy",
-    memory: str = "normal",
+    memory: Literal["normal", "lean"] = "normal",
     seed: int = 0,
     *,
     head_name: Literal["auto"] | str | Sequence[str] = "auto",
@@ -91,7 +92,7 @@ def finetune_(
     lr            the highest rate, of the features' last stage; a new head has three times that. "auto" says why
     head          "keep", "new", or "auto": new unless the label names (`classes`, or what `train` says) are the model's
     loss          cross_entropy, bce, mse, l1, or (logits, labels) → scalar; None: by the type of the labels
-    memory        "normal"
+    memory        "lean": blocks are computed again in the backward pass instead of kept, to the same result (`lean_`)
     optimiser     adamw, sgd (Nesterov, 0.9), or groups → optimiser
     depth_decay   the rate falls by this factor from one stage of features to the one before it
     gradual       train the head first, then one stage after another from the last on, all from half the epochs on
@@ -218,6 +219,8 @@ def _beside(
     """Put the layers in place that a regulariser or a target asks for, and say what runs a batch."""
     moved, beside = still.moving(), Alone(recipe)
     layers_in(model, recipe, still, opened)
+    if recipe.memory == "lean":
+        opened.callback(lean_(model).restore_)
     if recipe.target is not None:
         still.let_go()
         beside = Joint(model, feed, recipe, moved, saved.state["taken"] if saved else 0, opened)

@@ -31,6 +31,8 @@ from renorm.freeze import unfreeze_ as unfreeze_
 from renorm.groups import check_groups as check_groups
 from renorm.groups import parameter_groups as parameter_groups
 from renorm.guard import Guard as Guard
+from renorm.lean import Lean as Lean
+from renorm.lean import lean_ as lean_
 from renorm.moments import Moments as Moments
 from renorm.moments import Observed as Observed
 from renorm.observation import Observation as Observation

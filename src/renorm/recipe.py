@@ -21,7 +21,7 @@ Loss = str | Callable[[Any, Any], Tensor]
 Optimiser = str | Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 OPTIMISERS = ("adamw", "sgd")
-MEMORIES = ("normal",)
+MEMORIES = ("normal", "lean")
 AVERAGES = ("ema", "swa")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ from renorm.moments import Moments, as_float64
 
 Kind = Literal["batch", "layer", "group", "instance", "rms"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Named(Protocol):
+    """What patterns choose by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=Named)
 
 
 @runtime_checkable
@@ -198,9 +208,9 @@ def bare_convolutions(model: nn.Module) -> list[str]:
 
 
 def select(
-    sites: Sequence[Site], *, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = ()
-) -> list[Site]:
-    """The sites whose name matches a pattern of `include` and none of `exclude` (shell patterns, case counts)."""
+    sites: Sequence[_Named], *, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = ()
+) -> list[_Named]:
+    """Those whose name matches a pattern of `include` and none of `exclude` (shell patterns, case counts)."""
     wanted, unwanted = ([p] if isinstance(p, str) else list(p) for p in (include, exclude))
     return [
         site

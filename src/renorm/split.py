@@ -54,9 +54,9 @@ def split(model: nn.Module, head: Literal["auto"] | str | Sequence[str] = "auto"
            that has parameters, and likewise for auxiliary heads); the last linear layer
 
     Stages are the children that hold parameters, in the order they were registered. While there are fewer than four, the
-    largest is taken apart; a norm layer alone, or a weight tied to an earlier one, belongs to the stage before it. In a
-    model that runs in another order than it was registered the stages are in the wrong order too. Of several outputs
-    (detection) name the heads yourself.
+    largest is taken apart, and a list of a transformer's layers always; a norm layer alone, or a weight tied to an earlier
+    one, belongs to the stage before it. In a model that runs in another order than it was registered the stages are in the
+    wrong order too. Of several outputs (detection) name the heads yourself.
     Raises UnknownName for a head that is no module of the model, UsageError for one without parameters.
     """
     inner = unwrap(model)
@@ -123,7 +123,23 @@ def _stages(modules: dict[str, nn.Module], head: Sequence[str]) -> tuple[tuple[s
                 break
         else:
             break
+    # a number is an element of a list: one layer, whatever lists it is made of
+    while stacked := next(
+        (n for n in parts if n and not n.rpartition(".")[2].isdigit() and _is_stacked(modules[n])), None
+    ):
+        at = parts.index(stacked)
+        parts[at : at + 1] = _parts(stacked, modules, head)
     return tuple(tuple(stage) for stage in _joined(parts, modules, head))
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether this is, or holds as a child, a list of transformer layers: of modules within which there is a layer norm."""
+    norms = {site.module for site in find_sites(module) if site.kind in ("layer", "rms")}
+    for stack in (module, *module.children()):
+        layers = [c for c in stack.children() if c not in norms and not norms.isdisjoint(c.modules())]
+        if isinstance(stack, nn.ModuleList) and len(layers) > 1:
+            return True
+    return False
 
 
 def _parts(name: str, modules: dict[str, nn.Module], head: Sequence[str]) -> Iterator[str]:

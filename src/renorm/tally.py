@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from renorm.lean import is_lent
 from renorm.moments import Moments
 from renorm.sites import Site
 
@@ -65,8 +66,13 @@ class Tally:
         self.look()
 
     def moves(self) -> bool:
-        """Whether a forward in training moves the statistics as in training: one who set another momentum re-estimates them."""
+        """Whether a forward in training moves the statistics as in training.
+
+        One who set another momentum re-estimates them, and a block that `lean_` runs again works on copies.
+        """
         site = self.site
+        if any(map(is_lent, site.tensors or ())):
+            return False
         return site.momentum == self._momentum and site.tracks
 
     def look(self) -> int:

@@ -64,6 +64,7 @@ class Finetune(Trains):
             optimiser=self.optimiser,
             weight_decay=self.weight_decay,
             average=self.average,
+            memory=self.memory,
             depth_decay=self.depth_decay,
             gradual=self.gradual,
             run=self.run_folder or None,

@@ -53,6 +53,7 @@ class Pretrain(Trains):
             optimiser=self.optimiser,
             weight_decay=self.weight_decay,
             average=self.average,
+            memory=self.memory,
             run=self.run_folder or None,
             save_every=self.save_every,
             caller=Caller(**self.calling()),

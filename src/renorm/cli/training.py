@@ -38,6 +38,9 @@ class Trains(OnModel):
     average: Literal["ema", "swa"] | None = option(
         None, "write the mean of the weights over the steps, statistics to fit"
     )
+    memory: Literal["normal", "lean"] = option(
+        "normal", "lean: blocks run twice instead of being kept, to the same result"
+    )
     metric: str = option("accuracy", "what val is scored by; renorm evaluate --help lists them", metavar="NAME")
     run_folder: str = option("", "keep checkpoints here, and go on from the one it holds", metavar="DIR")
     save_every: int | None = option(None, "steps between checkpoints (default: each epoch and each minute)")

@@ -39,8 +39,8 @@ class UpdatedTwice(Rule):
                     count=len(twice),
                 ),
                 advice=say(
-                    "Set momentum to 1 − sqrt(1 − momentum), which makes two updates weigh as one (the doctor's fix), or keep "
-                    "batch norms out of the checkpointed parts."
+                    "Set momentum to 1 − sqrt(1 − momentum), which makes two updates weigh as one (the doctor's fix), or let "
+                    "renorm.lean_(model) run blocks again instead: it moves statistics once."
                 ),
                 fix_=slowing(list(twice), 2),
             )
