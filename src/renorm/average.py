@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from renorm.errors import UsageError
 from renorm.recipe import Recipe
 from renorm.said import say
+from renorm.state import put_
 
 LAST = 0.75  # of all steps; "swa" averages those after it, as in its paper (Izmailov et al. 2018)
 
@@ -95,11 +96,11 @@ class Average(Unaveraged):
         try:
             yield self.count > 0
         finally:
-            _copy_(self._weights, trained)
+            put_(self._weights, trained)
 
     def settle_(self) -> None:
         if self.count:
-            _copy_(self._weights, list(self._averaged.module.parameters()))
+            put_(self._weights, list(self._averaged.module.parameters()))
 
     def saved(self) -> dict[str, Tensor]:
         return {f"average.{name}": tensor.detach() for name, tensor in self._averaged.state_dict().items()}
@@ -143,9 +144,3 @@ def _forgetting(decay: float) -> Update:
         weighed(min(decay, (1 + taken) / (10 + taken)))(averaged, current, count)
 
     return update
-
-
-def _copy_(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for weight, value in zip(weights, values, strict=True):
-            weight.data.copy_(value)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from renorm.moments import image_means
@@ -79,9 +78,8 @@ def affine_by_image(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     Shapes: x (N, C, *), scale and shift (N, C) → (N, C, *).
     """
     if x.dim() > 2 and x.is_contiguous() and not torch.compiler.is_compiling():
-        ones = torch.ones_like(scale).flatten()
-        y = F.batch_norm(by_image(x), torch.zeros_like(ones), ones, scale.flatten(), shift.flatten(), False, 0.0, 0.0)
-        return y.view(x.shape)
+        scale, shift = scale.flatten(), shift.flatten()
+        return _scaled(by_image(x), torch.zeros_like(scale), scale, shift).view(x.shape)
     # in one pass where channels come last; batch norm's kernel would want a copy first
     rows = (*scale.shape, *[1] * (x.dim() - 2))
     return torch.addcmul(shift.view(rows), x, scale.view(rows)).to(x.dtype)
@@ -198,8 +196,13 @@ class _ByConstants(torch.autograd.Function):
 def _affine(x: Tensor, centre: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """`(x − centre) · scale + bias` in one pass."""
     kind = wide(x)
-    ones = torch.ones_like(centre, dtype=kind)
-    return F.batch_norm(x, centre.to(kind), ones, scale.to(kind), bias.to(kind), False, 0.0, 0.0)
+    return _scaled(x, centre.to(kind), scale.to(kind), bias.to(kind))
+
+
+def _scaled(x: Tensor, centre: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The kernel of a batch norm with a variance of 1 and no eps, which `F.batch_norm` refuses in some versions of torch."""
+    ones, cudnn = torch.ones_like(centre), torch.backends.cudnn.enabled
+    return torch.batch_norm(x, scale, bias, centre, ones, False, 0.0, 0.0, cudnn)
 
 
 def _sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:

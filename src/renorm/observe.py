@@ -18,7 +18,7 @@ from renorm.moments import Moments, Observed
 from renorm.observation import Observation, Under
 from renorm.ranks import exchange, world
 from renorm.sites import Site, Slotted, find_sites, select, unwrap
-from renorm.state import evaluating, preserving
+from renorm.state import evaluating, preserving, put_
 
 
 def observe(
@@ -79,7 +79,8 @@ def observing(
         if under == "batch":
             site.normalise_by_(now.values)
 
-    held = [(t, t.detach().clone()) for site in sites for t in site.tensors or ()] if under == "batch" else []
+    held = [tensor for site in sites for tensor in site.tensors or ()] if under == "batch" else []
+    kept = [tensor.detach().clone() for tensor in held]
     samples = functional = 0
     with preserving(model), evaluating(model), visiting(model, sites, visit):
         for index, batch in nonempty(batches, asked="observe", required=world() == 1):
@@ -93,11 +94,7 @@ def observing(
                 seen = before  # what it sent into the layers in front of the one that failed
                 failed(index, error)
                 continue
-            for (
-                tensor,
-                kept,
-            ) in held:  # a quantisation-aware conv reads its batch norm's statistics before they are lent
-                tensor.data.copy_(kept)
+            put_(held, kept)  # a quantisation-aware conv reads its batch norm's statistics before they are lent
             functional = watch.count if isinstance(watch, _FunctionalCalls) else functional
             ordered = {site.name: seen[site.name] for site in sites if site.name in seen}
             unvisited = [site.name for site in sites if site.name not in seen]
@@ -204,23 +201,23 @@ def measure(x: Tensor, *, axis: int = 1, exact: bool = False) -> Observed:
     """
     x = x.detach().dequantize() if x.is_quantized else x.detach()
     x = x[:, None] if x.dim() == 1 else x.movedim(axis, 1)
-    samples, positions = x.shape[0], x[0, 0].numel() if x.numel() else 0
+    positions = x[0, 0].numel() if x.numel() else 0
     if not positions:
         return Observed.of(x)  # refuses an empty tensor
     space = tuple(range(2, x.dim()))
     if not space or x.dtype == torch.float64:
-        return _observed(*_float64_sums(x, space), samples, positions)
+        return _observed(*_float64_sums(x, space), positions)
     if x.device.type == "cpu" or x.device.type == "mps":
         sums, squares = _float32_sums(x, space, exact=exact)
-        observed = _observed(sums, squares, samples, positions)
+        observed = _observed(sums, squares, positions)
         # the difference of squares keeps 7 digits minus those of mean²/var: where that is too few, measure around the mean
         limit = 1.0 if exact else 100.0
         if bool((observed.values.mean.square() > limit * observed.values.var).any()):
             center = observed.values.mean.to(torch.float32)
             around = x.float() - center.view(1, -1, *[1] * len(space)).to(x.device)
-            observed = _shifted(_observed(*_float32_sums(around, space, exact=True), samples, positions), center)
+            observed = _shifted(_observed(*_float32_sums(around, space, exact=True), positions), center)
         return observed
-    return _observed(*_float64_sums(x, space), samples, positions)
+    return _observed(*_float64_sums(x, space), positions) if exact else _one_pass(x, space)
 
 
 def present(x: Tensor, mask: Any, *, axis: int = 1) -> Tensor:
@@ -328,15 +325,27 @@ def _float64_sums(x: Tensor, space: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return wide.sum(space), wide.square().sum(space)
 
 
-def _observed(sums: Tensor, squares: Tensor, samples: int, positions: int) -> Observed:
+def _observed(sums: Tensor, squares: Tensor, positions: int) -> Observed:
     """Moments from each image's sum and sum of squares. Shapes: both (N, C)."""
     if sums.device.type == "mps":
         sums, squares = sums.cpu(), squares.cpu()
     means = sums.to(torch.float64) / positions
+    return _of_images(means, (squares.to(torch.float64) / positions - means.square()).clamp_min(0), positions)
+
+
+def _one_pass(x: Tensor, space: tuple[int, ...]) -> Observed:
+    """Welford's pass over every image around the first one's mean, in float32: nothing wide is made, nothing waited for."""
+    center = x[:1].float().mean((0, *space))
+    var, mean = torch.var_mean(x - center.view(1, -1, *[1] * len(space)), space, correction=0)
+    return _of_images(mean.double() + center.double(), var.double(), x[0, 0].numel())
+
+
+def _of_images(means: Tensor, variances: Tensor, positions: int) -> Observed:
+    """Moments from each image's. Shapes: both (N, C), float64."""
     spread, mean = torch.var_mean(means, dim=0, correction=0)
     # variance of all = mean variance within images + variance between their means: nothing large cancels between images
-    within = (squares.to(torch.float64) / positions - means.square()).clamp_min(0).mean(0)
-    return Observed(Moments(samples * positions, mean, within + spread), Moments(samples, mean, spread))
+    whole = Moments(len(means) * positions, mean, variances.mean(0) + spread)
+    return Observed(whole, Moments(len(means), mean, spread))
 
 
 def _shifted(observed: Observed, center: Tensor) -> Observed:

@@ -211,3 +211,10 @@ def _set_generators(states: list[Any]) -> None:
     if numpy is not None:
         sys.modules["numpy"].random.set_state(numpy)
     random.setstate(python)
+
+
+def put_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Let every tensor hold its value, in few calls; no graph notices."""
+    if tensors:
+        with torch.no_grad():
+            torch._foreach_copy_([tensor.data for tensor in tensors], list(values))

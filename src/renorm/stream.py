@@ -18,7 +18,7 @@ from renorm.observe import visiting
 from renorm.online.base import Online, Subject, rows_of, shaped
 from renorm.said import say
 from renorm.sites import walk
-from renorm.state import Undo
+from renorm.state import Undo, put_
 
 LOGGED = 10_000  # steps that the log keeps
 
@@ -376,13 +376,11 @@ class _Source:
             self.write_()
             yield
         finally:
-            for tensor, copy in zip(tensors, now, strict=True):
-                tensor.data.copy_(copy)
+            put_(tensors, now)
 
     def write_(self) -> None:
         """Let the model hold the source's statistics, and its parameters."""
-        for tensor, copy in zip((*self._statistics, *self._parameters), self._copies, strict=True):
-            tensor.data.copy_(copy)
+        put_((*self._statistics, *self._parameters), self._copies)
 
 
 def _inputs(batch: Any, samples: int) -> list[Tensor]:

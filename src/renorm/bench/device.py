@@ -25,10 +25,10 @@ __all__ = ["Device"]
 NETWORKS = ("resnet18", "resnet50")
 SIDE = {"quick": 160, "full": 224}
 STREAMED = (1, 16, 64, 256)
-DENSE = 2048  # images that a stream measures all of
+DENSE = 256  # images that a stream measures all of: fewer than by default, so that it is soon past them
 ESTIMATED, BATCH = 512, 64  # images that statistics are re-estimated on
 SHAPES = ((64, 56), (512, 28), (2048, 7))  # channels and side
-TURNS = {"quick": 4, "full": 12}
+TURNS = {"quick": 3, "full": 12}
 SEQUENCE = (64, 28, 128)  # samples, steps, features and hidden units
 
 Run = Callable[[], Any]
@@ -92,9 +92,9 @@ class Device(Suite):
         known = profile(self._network(network), [torch.randn(BATCH, 3, side, side) for _ in range(4)])
         streams: dict[str, Any] = {
             "batch": adapt_(self._network(network), "batch", guard=False),
-            "shrink": adapt_(self._network(network), guard=False),
-            "shrink+guard": adapt_(self._network(network)),
-            "shrink+profile+guard": adapt_(self._network(network), source=known),
+            "shrink": adapt_(self._network(network), guard=False, dense=DENSE),
+            "shrink+guard": adapt_(self._network(network), dense=DENSE),
+            "shrink+profile+guard": adapt_(self._network(network), source=known, dense=DENSE),
         }
         many = images.repeat(-(-BATCH // batch), 1, 1, 1)
         for stream in streams.values():
@@ -166,7 +166,7 @@ Wall-clock time of each way as a multiple of another's in the same cell, whose w
 device waited for before and after; median over cells with the smallest and the largest. Random weights, random images.
 """
 TITLES = {
-    "stream": f"A stream past its first {DENSE} images, against plain inference",
+    "stream": "A stream past its first images, which are all measured, against plain inference",
     "estimate": f"Statistics re-estimated on {ESTIMATED} images in batches of {BATCH}, against `update_bn`",
     "layers": f"Layers, forward and backward on {IMAGES} images, against `nn.BatchNorm2d`; {DOMAINS} domains in the batch",
     "recurrent": f"{SEQUENCE[1]} steps of {SEQUENCE[0]} sequences, {SEQUENCE[2]} units, trained, against `nn.LSTM`",
