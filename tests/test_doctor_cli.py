@@ -64,6 +64,13 @@ def test_an_ignored_rule_does_not_count_and_its_reason_is_told(sick: Path, renor
     assert renorm("doctor sick.py:lost --config run.yaml").code == 0
 
 
+def test_a_layer_that_lies_far_is_called_far_though_its_finding_is_ignored(sick: Path, renorm: Run) -> None:
+    ran = renorm("doctor nets.py:net far.npz --ignore.BN301 known --ignore.BN302 known --ignore.BN303 known")
+    (line,) = (line for line in ran.out.splitlines() if line.split()[:1] == ["1"])
+    assert line.split()[-1] == "far"
+    assert "Data shift" not in ran.out
+
+
 def test_a_baseline_holds_what_was_known(sick: Path, renorm: Run) -> None:
     (sick / "before.json").write_text(renorm("doctor sick.py:lost --format json").out)
     ran = renorm("doctor sick.py:lost --baseline before.json")

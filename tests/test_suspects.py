@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
@@ -94,6 +95,8 @@ def test_a_wrong_transform_is_never_to_be_recalibrated() -> None:
     (wrong,) = (f for f in diagnosis.findings if f.rule == "BN303")
     assert wrong.severity == "error"
     assert wrong.site == "bn1"
+    assert re.search(r"With that taken back the distance falls from [\d.]+ to 0\.", wrong.message)
+    assert diagnosis.kind is None, "a mistake is no kind of shift"
     assert all(f.fix_ is None for f in diagnosis.findings if f.rule in ("BN301", "BN302", "BN303"))
     assert all("ecalibrate" not in f.advice or "do not" in f.advice for f in diagnosis.findings if f.rule == "BN302")
 

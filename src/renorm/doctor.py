@@ -51,9 +51,10 @@ class Diagnosis(Faces):
     unvisited  batch norm sites that no batch reached
     sites      every norm layer of the model, of any kind
     samples    how many samples were looked at; 0 without data
-    kind       what kind of shift it is and how sure that is; None without data, with columns that are plainly wrong, or where
+    kind       what kind of shift it is and how sure that is; None without data, with inputs that are plainly wrong, or where
                nothing can be told
-    estimate   the share of right answers, estimated without labels, with an interval; None likewise
+    estimate   the share of right answers, estimated without labels, with an interval; None without data, with columns that
+               are plainly wrong, or where nothing can be told
     notes      what else should be known, as how a file was read
     skipped    the rules that were not asked, for they take more `passes` than were allowed
     """
@@ -165,6 +166,8 @@ def _judged(facts: Facts) -> Diagnosis:
     found, estimated = (facts.kind, facts.accuracy) if looks and not wrong else (None, None)
     for rule in dear:
         _ask(rule, facts, findings, skipped)
+    if facts.can("suspect") and facts.suspect is not None:
+        found = None  # it is neither of the shifts that statistics or labels could mend
     left = [*skipped, *([] if looks or facts.batches is None else [ESTIMATE])]
     seen = facts.can("observed")
     return Diagnosis(

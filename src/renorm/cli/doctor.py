@@ -149,7 +149,7 @@ class Doctor(OnModel):
             model=subject,
             data=self.data,
             verdict=_nothing_new(known) or page.verdict(shown),
-            blocks=page.blocks(shown, rows=self.top),
+            blocks=page.blocks(shown, rows=self.top, judged=diagnosis.findings),
             result=page.result(shown) | self._left_out(known),
             notes=(*_said(known, self.ignore), *notes),
             origin=origin,

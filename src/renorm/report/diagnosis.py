@@ -74,13 +74,17 @@ def verdict(diagnosis: Diagnosis) -> Words:
     )
 
 
-def blocks(diagnosis: Diagnosis, *, rows: int = ROWS) -> tuple[Block, ...]:
-    """What follows the verdict: the findings that it is not, then the sites, worst first."""
+def blocks(diagnosis: Diagnosis, *, rows: int = ROWS, judged: Iterable[Finding] | None = None) -> tuple[Block, ...]:
+    """What follows the verdict: the findings that it is not, then the sites, worst first.
+
+    `judged` are the findings by which sites are called far, where the diagnosis no longer has those that are known.
+    """
+    tones = _tones(diagnosis.distances, diagnosis.findings if judged is None else judged)
     parts: list[Block] = list(_about(diagnosis.findings)[0 if diagnosis.healthy else 1 :])
     parts += estimates.blocks(diagnosis.kind, diagnosis.estimate)
-    parts += pictures(diagnosis)
+    parts += _pictures(diagnosis, tones)
     if diagnosis.distances:
-        parts.append(_table(diagnosis, rows))
+        parts.append(_table(diagnosis, rows, tones))
     if diagnosis.unvisited:
         names = listed(map(name, diagnosis.unvisited[:ROWS]))
         more = max(0, len(diagnosis.unvisited) - ROWS)
@@ -95,12 +99,16 @@ def blocks(diagnosis: Diagnosis, *, rows: int = ROWS) -> tuple[Block, ...]:
 
 def pictures(diagnosis: Diagnosis) -> tuple[Picture, ...]:
     """Shift per layer, and per channel of the worst; none without data."""
+    return _pictures(diagnosis, _tones(diagnosis.distances, diagnosis.findings))
+
+
+def _pictures(diagnosis: Diagnosis, tones: Mapping[str, Tone]) -> tuple[Picture, ...]:
     return shifts.pictures(
         diagnosis.distances,
         diagnosis.shifts,
         order=[site.name for site in diagnosis.sites],
         title=say("How far each layer is from what it expects"),
-        tones=_tones(diagnosis),
+        tones=tones,
     )
 
 
@@ -137,26 +145,31 @@ def _about(findings: Iterable[Finding]) -> list[Words]:
 
 
 def _where(first: Finding, others: int) -> Said:
-    values = {"site": name(first.site), "value": first.value, "unit": first.unit}
+    values = {"site": name(first.site), "value": _plainly(first.value), "unit": first.unit}
     if first.limit:
-        said = say("Worst at {site}: {value:.2g} {unit} (limit {limit:.2g})", limit=first.limit, **values)
+        said = say("Worst at {site}: {value} {unit} (limit {limit:.2g})", limit=first.limit, **values)
     else:
-        said = say("At {site}: {value:.2g} {unit}", **values)
+        said = say("At {site}: {value} {unit}", **values)
     if others:
         return many(others, "{where}, and {count:,} other site.", "{where}, and {count:,} other sites.", where=said)
     return say("{where}.", where=said)
 
 
-def _tones(diagnosis: Diagnosis) -> dict[str, Tone]:
+def _plainly(value: float) -> str:
+    """Two digits that count; from a hundred on all those before the point, and no exponent."""
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.2g}"
+
+
+def _tones(distances: Mapping[str, float], findings: Iterable[Finding]) -> dict[str, Tone]:
     """What each site's distance means, as the rules on them judged it."""
     by = (FewUpdates.id, DataShift.id)
-    judged = {f.site: TONES[f.severity] for rule in by for f in diagnosis.findings if f.rule == rule}
-    return {site: judged.get(site, "good") for site in diagnosis.distances}
+    found = [f for f in findings if f.rule in by]
+    judged = {f.site: TONES[f.severity] for f in sorted(found, key=lambda f: by.index(f.rule))}
+    return {site: judged.get(site, "good") for site in distances}
 
 
-def _table(diagnosis: Diagnosis, rows: int) -> Table:
+def _table(diagnosis: Diagnosis, rows: int, tones: Mapping[str, Tone]) -> Table:
     longest = max(diagnosis.distances.values()) or 1.0
-    tones = _tones(diagnosis)
     drawn = []
     for site, distance in list(diagnosis.distances.items())[:rows]:
         shift = diagnosis.shifts[site]

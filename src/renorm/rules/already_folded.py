@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 from renorm.sites import bare_convolutions
 
 
@@ -27,7 +27,11 @@ class AlreadyFolded(Rule):
                 site=bare[0],
                 severity="info",
                 value=float(len(bare)),
-                unit=say("convolutions with a bias and no norm layer in the model"),
+                unit=many(
+                    len(bare),
+                    "convolution with a bias and no norm layer in the model",
+                    "convolutions with a bias and no norm layer in the model",
+                ),
                 limit=0.0,
                 message=say(
                     "This model looks as if its batch norms had been folded into its convolutions (or it was made without "

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import setting
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class AverageCompiled(Rule):
                     site=site.name,
                     severity="warning",
                     value=1.0,
-                    unit=say("layers with momentum None"),
+                    unit=many(1, "layer with momentum None", "layers with momentum None"),
                     limit=0.0,
                     message=say(
                         "The model is compiled, and momentum None makes the layer read a counter on the host: the graph "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from renorm.mend import at_sites, count_
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Counter(Rule):
                     site=site.name,
                     severity="info",
                     value=1.0,
-                    unit=say("counters that do not count"),
+                    unit=many(1, "counter that does not count", "counters that do not count"),
                     limit=0.0,
                     message=say(
                         "num_batches_tracked is missing, fractional, or 0 beside statistics that were estimated: with "

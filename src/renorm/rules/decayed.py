@@ -9,7 +9,7 @@ from typing import ClassVar
 from renorm.groups import spare_
 from renorm.mend import regrouping
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,11 @@ class Decayed(Rule):
                 site=affine[found[0]],
                 severity="info",
                 value=float(len(found)),
-                unit=say("parameters of norm layers under weight decay"),
+                unit=many(
+                    len(found),
+                    "parameter of a norm layer under weight decay",
+                    "parameters of norm layers under weight decay",
+                ),
                 limit=0.0,
                 message=say(
                     "Weight decay {decay:g} pulls weights and biases of norm layers towards 0; most recipes leave them out, "

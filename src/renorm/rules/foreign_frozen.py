@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class ForeignFrozen(Rule):
                 site=frozen[0].name,
                 severity="info",
                 value=float(len(frozen)),
-                unit=say("layers that are frozen by their class"),
+                unit=many(len(frozen), "layer that is frozen by its class", "layers that are frozen by their class"),
                 limit=0.0,
                 message=say(
                     "These layers keep their affine as buffers: no optimiser, train() or thaw reaches them. They can be "

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import holding
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,9 @@ class FreezeLost(Rule):
                 site=next(iter(lost)),
                 severity="warning",
                 value=float(max(lost.values())),
-                unit=say("updates of a layer that stood still"),
+                unit=many(
+                    max(lost.values()), "update of a layer that stood still", "updates of a layer that stood still"
+                ),
                 limit=0.0,
                 message=say(
                     "{count} batch norms that stood still when the loop began have moved since: train() puts a layer in eval() "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,9 @@ class Functional(Rule):
                 site="",
                 severity="info",
                 value=float(calls),
-                unit=say("calls of F.batch_norm in one forward pass"),
+                unit=many(
+                    calls, "call of F.batch_norm in one forward pass", "calls of F.batch_norm in one forward pass"
+                ),
                 limit=0.0,
                 message=say(
                     "The model calls batch norm as a function, with statistics that belong to no layer: these places "

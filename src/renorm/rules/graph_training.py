@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class GraphTraining(Rule):
                 site=norm.name,
                 severity="error",
                 value=float(len(training)),
-                unit=say("batch norms in training in the graph"),
+                unit=many(len(training), "batch norm in training in the graph", "batch norms in training in the graph"),
                 limit=0.0,
                 message=say(
                     "In this graph the layer normalises by the batch it is given: every answer depends on the samples beside "

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import freezing
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,11 @@ class HalfFrozen(Rule):
                     site=site.name,
                     severity="error",
                     value=1.0,
-                    unit=say("layers whose affine is frozen and whose statistics are not"),
+                    unit=many(
+                        1,
+                        "layer whose affine is frozen and whose statistics are not",
+                        "layers whose affine is frozen and whose statistics are not",
+                    ),
                     limit=0.0,
                     message=say(
                         "Weight and bias are frozen, but the statistics move with every forward in training: "

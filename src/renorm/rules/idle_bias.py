@@ -10,7 +10,7 @@ from torch import Tensor
 
 from renorm.adjacent import absorbing_bias, layers_before
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class IdleBias(Rule):
                 site=idle[0],
                 severity="info",
                 value=float(len(idle)),
-                unit=say("biases that do nothing in training"),
+                unit=many(len(idle), "bias that does nothing in training", "biases that do nothing in training"),
                 limit=0.0,
                 message=say(
                     "The layer in front adds a bias, and this one takes it off with the mean: in training it does "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 from renorm.sites import is_lazy
 
 
@@ -27,7 +27,7 @@ class Lazy(Rule):
                     site=site.name,
                     severity="error",
                     value=1.0,
-                    unit=say("layers that have seen no input"),
+                    unit=many(1, "layer that has seen no input", "layers that have seen no input"),
                     limit=0.0,
                     message=say(
                         "This lazy layer has seen no input yet: it has neither channels nor statistics nor weights."

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import holding
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,11 @@ class Leaked(Rule):
                 site=student[0],
                 severity="error",
                 value=float(max(leaks[name] for name in student)),
-                unit=say("updates without gradients or in validation"),
+                unit=many(
+                    max(leaks[name] for name in student),
+                    "update without gradients or in validation",
+                    "updates without gradients or in validation",
+                ),
                 limit=0.0,
                 message=say(
                     "The statistics of {count} batch norms moved under no_grad or in validation: no_grad does not hold them, "
@@ -49,7 +53,11 @@ class Leaked(Rule):
                 site=teacher[0],
                 severity="warning",
                 value=float(max(leaks[name] for name in teacher)),
-                unit=say("updates without gradients or in validation"),
+                unit=many(
+                    max(leaks[name] for name in teacher),
+                    "update without gradients or in validation",
+                    "updates without gradients or in validation",
+                ),
                 limit=0.0,
                 message=say(
                     "{count} batch norms that nothing trains (a teacher, a target or momentum encoder) move their statistics "

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import setting
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 from renorm.sites import unwrap
 
 
@@ -30,7 +30,7 @@ class LeftTraining(Rule):
                     site=site.name,
                     severity="error",
                     value=1.0,
-                    unit=say("layers in training"),
+                    unit=many(1, "layer in training", "layers in training"),
                     limit=0.0,
                     message=say(
                         "The model is in evaluation, this layer is not: it normalises by the batch, and every forward, an "

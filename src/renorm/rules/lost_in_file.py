@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.provenance import plain_names
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 from renorm.sites import unwrap
 
 
@@ -36,7 +36,7 @@ class LostInFile(Rule):
                     site=site.name,
                     severity="error",
                     value=float(len(lost)),
-                    unit=say("tensors missing from the file"),
+                    unit=many(len(lost), "tensor missing from the file", "tensors missing from the file"),
                     limit=0.0,
                     message=say(
                         "The checkpoint lacks this layer's running statistics: it was saved from parameters alone "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class MoreThanANorm(Rule):
                 site=several[0].name,
                 severity="warning" if grouped and torch.distributed.get_world_size() > 1 else "info",
                 value=float(len(several)),
-                unit=say("layers with modules of their own"),
+                unit=many(len(several), "layer with modules of its own", "layers with modules of their own"),
                 limit=0.0,
                 message=say(
                     "These batch norms hold an activation or more: converters that know torch's class alone, "

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.facts import was_trained
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 from renorm.sites import Site
 
 
@@ -38,7 +38,7 @@ class NeverCalibrated(Rule):
             site=new[0].name,
             severity="info",
             value=float(len(new)),
-            unit=say("layers at their initial values"),
+            unit=many(len(new), "layer at its initial values", "layers at their initial values"),
             limit=0.0,
             message=say(
                 "Every batch norm still has the values it was created with: this model was never trained, or no "
@@ -54,7 +54,7 @@ class NeverCalibrated(Rule):
             site=site.name,
             severity="error" if trained else "warning",
             value=1.0,
-            unit=say("layers at their initial values"),
+            unit=many(1, "layer at its initial values", "layers at their initial values"),
             limit=0.0,
             message=say(
                 "The statistics still have their initial values (mean 0, variance 1) {though}: the checkpoint was saved or "

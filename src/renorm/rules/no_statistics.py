@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 from renorm.sites import is_lazy
 
 
@@ -27,7 +27,7 @@ class NoStatistics(Rule):
                     site=site.name,
                     severity="warning",
                     value=1.0,
-                    unit=say("layers without statistics"),
+                    unit=many(1, "layer without statistics", "layers without statistics"),
                     limit=0.0,
                     message=say(
                         "This layer keeps no running statistics: it normalises each batch by itself, so what the "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class NonFinite(Rule):
                     site=name,
                     severity="error",
                     value=float(bad.sum()),
-                    unit=say("channels"),
+                    unit=many(int(bad.sum()), "channel", "channels"),
                     limit=0.0,
                     message=say(
                         "The statistics hold values that are not finite, or a negative variance: one bad batch in "

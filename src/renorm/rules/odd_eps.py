@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from renorm.mend import setting
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class OddEps(Rule):
                     site=site.name,
                     severity="error" if constant else "warning",
                     value=float(constant),
-                    unit=say("channels divided by zero"),
+                    unit=many(constant, "channel divided by zero", "channels divided by zero"),
                     limit=0.0,
                     message=say("eps is 0: a channel that does not vary is divided by zero."),
                     advice=say("Set eps to the value that the model was trained with; torch's own is 1e-05."),

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import writing
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Poisoned(Rule):
                 site=names[0],
                 severity="error",
                 value=float(len(names)),
-                unit=say("layers with poisoned statistics"),
+                unit=many(len(names), "layer with poisoned statistics", "layers with poisoned statistics"),
                 limit=0.0,
                 message=say(
                     "A batch was not finite: the weights escaped it (GradScaler skips such a step), the statistics did not, "

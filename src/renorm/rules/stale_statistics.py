@@ -11,7 +11,7 @@ from torch import Tensor
 from renorm.freeze import holds_statistics
 from renorm.provenance import plain_names
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 from renorm.sites import unwrap
 
 
@@ -46,7 +46,11 @@ class StaleStatistics(Rule):
             site=worst,
             severity="error" if far else "warning",
             value=far.get(worst, float(len(stale))),
-            unit=say("source sd") if far else say("layers with the statistics of other weights"),
+            unit=say("source sd")
+            if far
+            else many(
+                len(stale), "layer with the statistics of other weights", "layers with the statistics of other weights"
+            ),
             limit=self.limit if far else 0.0,
             message=say(
                 "The weights are not those of the checkpoint any more, the statistics still are: merged or averaged weights "

@@ -10,7 +10,7 @@ import torch
 
 from renorm.mend import calling_children, converting
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 from renorm.sites import has_idle_children
 
 
@@ -43,7 +43,7 @@ class SyncMisuse(Rule):
                 site=names[0],
                 severity="error",
                 value=float(len(names)),
-                unit=say("SyncBatchNorm layers on a CPU"),
+                unit=many(len(names), "SyncBatchNorm layer on a CPU", "SyncBatchNorm layers on a CPU"),
                 limit=0.0,
                 message=say(
                     "SyncBatchNorm cannot train on a CPU once a process group stands: the first forward raises."
@@ -57,7 +57,7 @@ class SyncMisuse(Rule):
                 site=names[0],
                 severity="info",
                 value=float(len(names)),
-                unit=say("SyncBatchNorm layers with one rank"),
+                unit=many(len(names), "SyncBatchNorm layer with one rank", "SyncBatchNorm layers with one rank"),
                 limit=0.0,
                 message=say(
                     "There is one process, so these layers synchronise nothing: they are plain batch norms here."
@@ -71,7 +71,11 @@ class SyncMisuse(Rule):
             site=lost[0],
             severity="error",
             value=float(len(lost)),
-            unit=say("SyncBatchNorm layers whose activation is never called"),
+            unit=many(
+                len(lost),
+                "SyncBatchNorm layer whose activation is never called",
+                "SyncBatchNorm layers whose activation is never called",
+            ),
             limit=0.0,
             message=say(
                 "The conversion to SyncBatchNorm lost the activations that the norm layers held: they hang below the new "

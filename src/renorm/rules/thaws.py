@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import freezing
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Thaws(Rule):
                 site=site.name,
                 severity="warning",
                 value=1.0,
-                unit=say("layers that train() sets moving again"),
+                unit=many(1, "layer that train() sets moving again", "layers that train() sets moving again"),
                 limit=0.0,
                 message=say(
                     "This layer looks frozen, but train() puts it back into training, and its statistics then move."

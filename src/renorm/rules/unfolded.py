@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,11 @@ class Unfolded(Rule):
                 site=left[0].name,
                 severity="info",
                 value=float(len(left)),
-                unit=say("batch norms that the layer in front could carry"),
+                unit=many(
+                    len(left),
+                    "batch norm that the layer in front could carry",
+                    "batch norms that the layer in front could carry",
+                ),
                 limit=0.0,
                 message=say(
                     "This layer is a scale and a shift of what the layer in front gives, and costs a pass over memory that "

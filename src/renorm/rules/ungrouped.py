@@ -9,7 +9,7 @@ from typing import ClassVar
 from renorm.groups import enrol_
 from renorm.mend import Fix, putting_aside, regrouping
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Ungrouped(Rule):
         if missing:
             yield self._found(
                 missing,
-                unit=say("norm parameters in no group"),
+                unit=many(len(missing), "norm parameter in no group", "norm parameters in no group"),
                 message=say(
                     "These parameters ask for a gradient, but no group of the optimiser holds them: they never train."
                 ),
@@ -44,7 +44,11 @@ class Ungrouped(Rule):
         if stale:
             yield self._found(
                 stale,
-                unit=say("frozen norm parameters with a gradient in a group"),
+                unit=many(
+                    len(stale),
+                    "frozen norm parameter with a gradient in a group",
+                    "frozen norm parameters with a gradient in a group",
+                ),
                 message=say(
                     "These parameters are frozen, but the optimiser holds them with a gradient of before: momentum and weight "
                     "decay still move them."

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import setting
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,11 @@ class Untracked(Rule):
                     site=site.name,
                     severity="error",
                     value=1.0,
-                    unit=say("layers that keep statistics and do not track them"),
+                    unit=many(
+                        1,
+                        "layer that keeps statistics and does not track them",
+                        "layers that keep statistics and do not track them",
+                    ),
                     limit=0.0,
                     message=say(
                         "track_running_stats is False though statistics are there: training normalises by the batch, "

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import Said, follow, say
+from renorm.suspects import START, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +33,22 @@ class WrongInput(Rule):
             site=verdict.site,
             severity="error",
             value=verdict.before,
-            unit=say("source sd, mean over layers; it vanishes when the mistake is taken back"),
-            limit=verdict.after,
-            message=message,
+            unit=say("source sd, mean over layers"),
+            limit=START,
+            message=follow(message, self._evidence(verdict)),
             advice=advice,
+        )
+
+    @staticmethod
+    def _evidence(verdict: Verdict) -> Said:
+        told = {"before": verdict.before, "after": verdict.after}
+        if verdict.surer is None:
+            return say("With that taken back the distance falls from {before:.3g} to {after:.3g}.", **told)
+        return say(
+            "With that taken back the distance falls from {before:.3g} to {after:.3g}, and the model is surer of its "
+            "answers by {surer:.0%}.",
+            surer=verdict.surer,
+            **told,
         )
 
 
