@@ -211,6 +211,9 @@ def test_an_error_in_the_users_model_is_said_in_one_message(folder: Path, renorm
 def test_an_error_of_nobodys_file_says_so() -> None:
     assert "inside renorm or a library" in unexpected(ValueError())
     assert unexpected(ValueError()).startswith("ValueError\n")
+    long = unexpected(ValueError("could not run it " + "word " * 200 + "\n\nand every backend that there is"))
+    assert "word word …\n" in long
+    assert len(long) < 700
 
 
 def test_the_exit_code_is_the_errors_own(monkeypatch: pytest.MonkeyPatch, renorm: Callable[[str], Ran]) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.doctor import diagnose
-from renorm.errors import BatchError, UsageError
+from renorm.errors import BatchError
 from renorm.profile import profile
 from renorm.rules.base import PASSES, SEVERITIES, Finding, catalogue
 from renorm.rules.data_shift import DataShift
@@ -286,9 +286,25 @@ def scripted() -> torch.jit.ScriptModule:
     return made
 
 
-def test_a_scripted_model_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UsageError, match="renorm doctor --checkpoint"):
-        diagnose(scripted())
+def test_of_a_scripted_model_the_weights_alone_are_looked_at() -> None:
+    model = scripted()
+    model.state_dict()["1.running_var"][1] = -1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for batches in (None, [images(50)]):
+        found = diagnose(model, batches)
+        assert [(f.rule, f.site, f.fix_) for f in found.findings if f.severity == "error"] == [("BN108", "1", None)]
+        assert "its weights alone were looked at" in found.notes[0]
+        assert {site.name for site in found.sites} == {"1", "4"}
+        assert found.samples == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_quantised_layer_takes_no_notice_of_its_mode() -> None:
+    quantised = pytest.importorskip("torch.ao.nn.quantized").BatchNorm2d(3)
+    model = nn.Sequential(quantised).eval()
+    quantised.train()  # as torch.ao.quantization.convert leaves it
+    assert [finding.rule for finding in diagnose(model).findings if finding.severity == "error"] == []
 
 
 def test_a_scripted_part_is_told_and_the_rest_is_looked_at() -> None:

@@ -29,7 +29,7 @@ from renorm.rules.base import Finding, Rule, catalogue, worst_first
 from renorm.said import listed, say
 from renorm.shift import Shift
 from renorm.sites import Site
-from renorm.stored import read_contents, skeleton
+from renorm.stored import Contents, contents_of, read_contents, skeleton
 
 if TYPE_CHECKING:
     from renorm.profile import Profile
@@ -117,13 +117,15 @@ def diagnose(
     wrong preprocessing is looked into with up to 32 runs more. `passes` is the most that may be spent, in passes over the
     batches; the rules that would take more are told in `skipped`.
     A batch that the model cannot run is left out and told in `notes`; where it can run none, the first failure is raised.
-    A scripted or traced part is looked at as far as its tensors tell. Raises BatchError for batches that cannot be used,
-    CheckpointError for a file that cannot be read, UsageError for a model that is scripted itself, or `passes` below 0.
+    A scripted or traced part is looked at as far as its tensors tell, and a model that is scripted itself by its weights
+    alone; `notes` say so. Raises BatchError for batches that cannot be used, CheckpointError for a file that cannot be read,
+    UsageError for `passes` below 0.
     """
-    _refuse_scripted(model)
     caller = Caller(forward=forward, output=output, device=device, autocast=autocast, channels_last=channels_last)
     if passes is not None and not passes >= 0:
         raise UsageError(f"passes is the most passes over the batches that may be spent, 0 or more; got {passes!r}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        return _outside(model, ranks)
     most = inf if passes is None else passes
     state, recorded = _weights(checkpoint)
     facts = Facts(
@@ -143,7 +145,18 @@ def diagnose_file(path: str | os.PathLike[str], *, ranks: Sequence[File] | None 
     there is no model to mend.
     Raises UsageError for another suffix, CheckpointError for a file that cannot be read, MissingExtra for ONNX without onnx.
     """
-    contents = read_contents(path)
+    return _without_code(read_contents(path), ranks)
+
+
+def _outside(model: torch.jit.ScriptModule, ranks: Sequence[File] | Literal["group"] | None) -> Diagnosis:
+    found = _without_code(contents_of(model.state_dict()), None if ranks == "group" else ranks)
+    why = say(
+        "the model itself is scripted or traced: nothing can be watched inside, and its weights alone were looked at"
+    )
+    return replace(found, notes=(why, *found.notes))
+
+
+def _without_code(contents: Contents, ranks: Sequence[File] | None) -> Diagnosis:
     graph = contents.norms if contents.graph else None
     file = None if contents.graph else contents.state
     found = _judged(
@@ -217,15 +230,6 @@ def _over(left: list[str], passes: float) -> tuple[str, ...]:
 def _left_out(index: int, error: Exception) -> str:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return say("batch {index} was left out, for the model could not run it: {reason}", index=index, reason=reason)
-
-
-def _refuse_scripted(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UsageError(
-            "the doctor looks into Python modules, and the model itself is a scripted or traced one; give the module that it "
-            "was made from, or look at its weights alone: torch.save(model.state_dict(), 'w.pt') and "
-            "renorm doctor --checkpoint w.pt."
-        )
 
 
 def _scripted(model: nn.Module) -> tuple[str, ...]:

@@ -86,9 +86,14 @@ class Site:
 
     @property
     def tracks(self) -> bool:
-        """Whether a forward in training would move the statistics: not for frozen copies, nor where they are only kept."""
+        """Whether a forward in training would move the statistics: not for frozen copies, nor where they are only kept.
+
+        Nor where torch has quantised the layer, which then takes no notice of its mode.
+        """
         module = self.module
         if self.tensors is None or getattr(module, "track_running_stats", True) is False:
+            return False
+        if "quantized" in type(module).__module__.split("."):
             return False
         if self._stores_biased and not getattr(module, "trainable", True):
             return False

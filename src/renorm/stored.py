@@ -24,7 +24,7 @@ from renorm.errors import CheckpointError, UsageError, require
 from renorm.provenance import plain_names
 from renorm.said import say
 
-__all__ = ["GRAPHS", "WEIGHTS", "Contents", "Stored", "read_contents", "skeleton"]
+__all__ = ["GRAPHS", "WEIGHTS", "Contents", "Stored", "contents_of", "read_contents", "skeleton"]
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt")
 GRAPHS = (".onnx", ".pt2")
@@ -129,8 +129,13 @@ def _layer(norm: Stored) -> nn.Module:
 
 def _weights(file: Path) -> Contents:
     weights = read_weights(file)
+    return contents_of(weights.state, notes=weights.notes)
+
+
+def contents_of(state: Mapping[str, Tensor], *, notes: Sequence[str] = ()) -> Contents:
+    """The batch norms among tensors by name, as a file of weights or the `state_dict` of a scripted module holds them."""
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in weights.state.items():
+    for name, value in state.items():
         prefix, _, key = name.rpartition(".")
         layers.setdefault(prefix, {})[key] = value
     norms, guessed = [], 0
@@ -142,9 +147,9 @@ def _weights(file: Path) -> Contents:
             norms.append(Stored(name, {key: tensors[key] for key in KEYS if key in tensors}))
             guessed += 1
         before = tensors
-    notes = list(weights.notes)
+    said = list(notes)
     if guessed:
-        notes.append(
+        said.append(
             say(
                 "{count} layers hold no running statistics and were taken for batch norms by their names, or by standing "
                 "behind a convolution without bias",
@@ -152,8 +157,8 @@ def _weights(file: Path) -> Contents:
             )
         )
     if norms:
-        notes.append(say("a file of weights says nothing of eps, momentum and modes: rules on those were left out"))
-    return Contents(tuple(norms), graph=False, state=weights.state, notes=tuple(notes))
+        said.append(say("weights alone say nothing of eps, momentum and modes: rules on those were left out"))
+    return Contents(tuple(norms), graph=False, state=state, notes=tuple(said))
 
 
 def _looks_bare(name: str, tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:

@@ -101,13 +101,20 @@ def _log(
 def unexpected(error: Exception) -> str:
     """One sentence on an error that renorm did not raise itself: what it was, whose code it came from, what to do."""
     place = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if _is_users(f.filename)), None)
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    said = f"{type(error).__name__}: {_shortened(str(error))}" if str(error) else type(error).__name__
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
     if place is None:
         where = "It came from inside renorm or a library, not from your code; "
     else:
         where = f"It came from {place.filename}, line {place.lineno}, in {place.name}; "
     return f"{said}{notes}\n{where}--debug shows the whole way there."
+
+
+def _shortened(message: str, *, most: int = 400) -> str:
+    """Its first paragraph, up to a few lines' length: torch lists every backend and every key that it knows of."""
+    first = message.strip().partition("\n\n")[0]
+    short = first if len(first) <= most else first[:most].rpartition(" ")[0]
+    return short if short == message.strip() else f"{short} …"
 
 
 def _is_users(filename: str) -> bool:

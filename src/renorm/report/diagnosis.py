@@ -58,7 +58,16 @@ def verdict(diagnosis: Diagnosis) -> Words:
             "good",
             say("The model alone shows nothing wrong"),
         )
-    site, far = next(iter(diagnosis.distances.items()), ("", 0.0))
+    if not diagnosis.distances:
+        return Words(
+            say(
+                "None of its batch norms holds statistics of earlier data that these {samples} could be compared with.",
+                samples=many(diagnosis.samples, "{count:,} sample", "{count:,} samples"),
+            ),
+            "plain",
+            say("Nothing to compare these data with"),
+        )
+    site, far = next(iter(diagnosis.distances.items()))
     return Words(
         say(
             "The batch norm farthest from what it expects, {site}, is {far:.2f} source standard deviations away over "
