@@ -91,7 +91,7 @@ def test_the_doctor_spends_no_more_than_it_may(passes: int, scale: float, sizes:
 
 
 def _asks_batches(needs: tuple[str, ...]) -> bool:
-    return not {"loop", "file", "graph", "optimizers"} & set(needs)
+    return not {"loop", "file", "graph", "optimizers", "parting"} & set(needs)
 
 
 def test_what_is_skipped_is_named_and_a_shift_is_seen_in_one_pass() -> None:

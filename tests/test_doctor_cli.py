@@ -148,6 +148,19 @@ def test_the_ranks_of_a_run_are_compared_by_their_files(sick: Path, renorm: Run)
     refused(renorm("doctor nets.py:net --ranks none*.pt"), "names no file")
 
 
+def test_a_folded_model_is_compared(sick: Path, renorm: Run) -> None:
+    (sick / "tools.py").write_text(
+        "import nets\nfrom torch import nn\n\n"
+        "def dropped():\n    model = nets.net()\n    model[1] = nn.Identity()\n    return model\n"
+    )
+    assert renorm("fold nets.py:net near.npz -o folded.safetensors").code == 0
+    words = "doctor nets.py:net near.npz --fail-on never --format json --folded"
+    for folded, rules in (("folded.safetensors", []), ("tools.py:dropped", ["BN503"])):
+        told = renorm(f"{words} {folded}").json["result"]["findings"]
+        assert [f["rule"] for f in told if f["rule"] == "BN503"] == rules
+    refused(renorm("doctor nets.py:net --folded folded.safetensors"), "needs DATA")
+
+
 def test_passes_are_kept_to_and_what_is_left_out_is_said(sick: Path, renorm: Run) -> None:
     ran = renorm("doctor nets.py:net near.npz --passes 1 --fail-on never --format json")
     assert {"BN301", "BN310"} <= set(ran.json["result"]["skipped"])

@@ -258,7 +258,8 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
         if getattr(module, "_compiled_call_impl", None) is not None:
             stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
             module._compiled_call_impl = None
-        inner = module._modules.get("_orig_mod")  # in `_modules`, where looking for what is not there is cheap
+        own = module._modules  # where looking for what is not there is cheap; a scripted module's has no get()
+        inner = own["_orig_mod"] if "_orig_mod" in own else None
         if inner is not None:
             stack.callback(setattr, module, "forward", module.forward)
             module.forward = inner.__call__

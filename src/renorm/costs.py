@@ -6,17 +6,28 @@ from collections.abc import Collection, Iterable, Mapping
 
 __all__ = ["PASSES", "price"]
 
-# The most that measuring a fact may take, counted by tests/test_costs.py. A second look (calls, settled, company, padding, gap,
-# suspect) runs again over the first batches alone, and counts as whole passes as if there were no others.
+# The most that measuring a fact may take, counted by tests/test_costs.py. A second look (calls, settled, parting, company,
+# padding, gap, suspect) runs again over the first batches alone, and counts as whole passes as if there were no others.
 PASSES: Mapping[str, int] = {
     **{"batch": 0, "held": 0, "new": 0, "broken": 0, "thawing": 0, "file": 0, "graph": 0, "settings": 0},
     **{"optimizers": 0, "loop": 0, "ranks": 0},
     **{"observed": 1, "parts": 0, "few": 0, "shifts": 0, "distances": 0, "mistakes": 0},
-    **{"calls": 1, "settled": 1, "company": 2, "padding": 1, "mixtures": 1, "gap": 4, "look": 7, "suspect": 32},
+    **{
+        "calls": 1,
+        "settled": 1,
+        "parting": 4,
+        "company": 2,
+        "padding": 1,
+        "mixtures": 1,
+        "gap": 4,
+        "look": 7,
+        "suspect": 32,
+    },
 }
 ON: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("parts", "few", "shifts", "distances", "calls", "company", "padding", "mixtures", "gap", "look"), ("observed",)
+        ("parts", "few", "shifts", "distances", "calls", "parting", "company", "padding", "mixtures", "gap", "look"),
+        ("observed",),
     ),
     "mistakes": ("observed", "parts"),
     "suspect": ("observed", "distances"),

@@ -98,6 +98,7 @@ def diagnose(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     domains: Sequence[Hashable] | None = None,
     ranks: Sequence[File] | Literal["group"] | None = None,
+    folded: nn.Module | None = None,
     passes: float | None = None,
     forward: Forward | None = None,
     output: Output | None = None,
@@ -111,6 +112,7 @@ def diagnose(
     `optimizer` the one that is to train it, or several, for the rules about its groups (`watch` sees the loop itself);
     `columns` are those of the table it was trained on, which a file written by renorm tells by itself.
     `ranks` are the checkpoints that other ranks of the same run saved; or "group", asked on every rank of a running one.
+    `folded` is what a tool made of the model by folding its batch norms away: does it answer the same?
     `domains` names the domain (camera, hospital) of each sample, in the order of the batches, for the rule on mixtures.
     Without `batches` only the rules that need none run. A model without batch norm is healthy. The cheapest rules run
     first. One pass over the batches serves most; second looks run the first of them again, and a shift that may come of
@@ -133,6 +135,7 @@ def diagnose(
         columns=columns or recorded,
         domains=domains,
         others=_others(ranks),
+        folded=folded,
         passes=most,
     )
     return _judged(facts)

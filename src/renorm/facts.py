@@ -19,7 +19,7 @@ from renorm.columns import Columns
 from renorm.costs import PASSES, price
 from renorm.errors import BatchError, UsageError
 from renorm.freeze import holds_statistics
-from renorm.initial import without_it
+from renorm.initial import was_trained, without_it
 from renorm.kind import Kind, kind, moved_at, traces
 from renorm.loop import Loop
 from renorm.mend import Fix, Without, reestimating
@@ -32,8 +32,10 @@ from renorm.ranks import of_files, of_group
 from renorm.second_look import (
     Gap,
     Padding,
+    Parting,
     calls_in_a_forward,
     depends_on_company,
+    folded_apart,
     gap_between_modes,
     trailing_padding,
 )
@@ -47,7 +49,7 @@ from renorm.units import Mistake, mistakes_among
 if TYPE_CHECKING:
     from renorm.profile import Profile
 
-__all__ = ["Facts", "was_trained"]
+__all__ = ["Facts"]
 
 LOOKED = 256  # samples of the first batches by which accuracy, kind and mixtures are estimated: 3 points
 KEPT = 128  # samples of the first batches that are kept for a second look: the standard error of a share is 4 points
@@ -75,6 +77,7 @@ class Facts:
     others: Sequence[Mapping[str, Tensor]] | Literal["group"] | None = (
         None  # checkpoints of other ranks, or the ranks here
     )
+    folded: nn.Module | None = None  # what is said to be this model without its batch norms
     passes: float = inf  # the most passes over the batches that may be spent
     _kept: dict[int, Any] = field(default_factory=dict, repr=False, init=False)
     _failed: dict[int, Exception] = field(default_factory=dict, repr=False, init=False)
@@ -263,6 +266,13 @@ class Facts:
         return depends_on_company(self.model, self.few[0], self.caller) if self.few else None
 
     @cached_property
+    def parting(self) -> Parting | None:
+        """How far the folded model answers from this one, and from which site on; None without one."""
+        if self.folded is None or not self.few:
+            return None
+        return folded_apart(self.model, self.folded, self.few[0], self.batch, self.caller)
+
+    @cached_property
     def padding(self) -> dict[str, Padding]:
         """Per site that reads sequences: the share of padded positions, and how far they move its moments in their sd."""
         return trailing_padding(self.model, self.few, self.batch, self.caller)
@@ -332,6 +342,8 @@ class Facts:
             return getattr(self, fact) is not None
         if fact == "settings":
             return self.settings
+        if fact == "parting":
+            return self.folded is not None and self.batches is not None
         if fact == "ranks":
             return self.others is not None
         if fact == "optimizers":
@@ -385,11 +397,3 @@ class Facts:
 def _is_stopped(site: Site) -> bool:
     affine = site.affine.values()
     return bool(affine) and not any(p.requires_grad for p in affine)
-
-
-def was_trained(site: Site) -> bool:
-    """Whether weight or bias differ between channels; every initialisation in use sets them to constants."""
-    if is_lazy(site):
-        return False
-    tensors = (getattr(site.module, name, None) for name in ("weight", "bias"))
-    return any(isinstance(t, Tensor) and t.numel() > 1 and bool((t != t.flatten()[0]).any()) for t in tensors)

@@ -1,4 +1,4 @@
-"""What is left of mean 0 and variance 1, which every batch norm is created with, after few updates."""
+"""What a batch norm is created with, and what is left of it after few updates: mean 0, variance 1, one weight and bias."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from renorm.mend import Fix, at_sites
 from renorm.moments import Moments
-from renorm.sites import Site
+from renorm.sites import Site, is_lazy
 
-__all__ = ["NEARER", "share_left", "taking_off", "without_initial", "without_it"]
+__all__ = ["NEARER", "share_left", "taking_off", "was_trained", "without_initial", "without_it"]
 
 LEFT = 0.05  # share of the initial values that counts: n < 29 at momentum 0.1, n < 299 at 0.01
 NEARER = 0.5  # of the distance from the data: no more may be left of it for few updates to be its cause
@@ -71,3 +71,11 @@ def without_it(
     finally:
         undo.restore_()
     return {name: left[name] for name in initial if left.get(name, inf) < distances[name]}
+
+
+def was_trained(site: Site) -> bool:
+    """Whether weight or bias differ between channels; every initialisation in use sets them to constants."""
+    if is_lazy(site):
+        return False
+    tensors = (getattr(site.module, name, None) for name in ("weight", "bias"))
+    return any(isinstance(t, Tensor) and t.numel() > 1 and bool((t != t.flatten()[0]).any()) for t in tensors)

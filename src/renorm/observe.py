@@ -17,7 +17,7 @@ from renorm.errors import BatchError, UsageError
 from renorm.moments import Moments, Observed
 from renorm.observation import Observation, Under
 from renorm.ranks import exchange, world
-from renorm.sites import Site, Slotted, find_sites, select, unwrap
+from renorm.sites import Site, Slotted, find_sites, select, unwrap, walk
 from renorm.state import evaluating, preserving, put_
 
 
@@ -174,7 +174,7 @@ def visiting(model: nn.Module, sites: Iterable[Site], visit: Callable[[Site, Ten
 
 
 def outputs_at(model: nn.Module, names: Iterable[str], batch: Any, caller: Caller) -> list[tuple[str, Tensor]]:
-    """The outputs of the sites with these names on one batch, in the order they came (the first of a site called twice)."""
+    """The outputs of the modules with these names on one batch, in the order they came (the first of one called twice)."""
     found: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -184,11 +184,11 @@ def outputs_at(model: nn.Module, names: Iterable[str], batch: Any, caller: Calle
 
         return after
 
-    sites = {site.name: site for site in find_sites(model)}
+    modules = dict(walk(model))
     with ExitStack() as stack:
         stack.enter_context(uncompiled(model))
         for name in names:
-            stack.callback(sites[name].module.register_forward_hook(note(name)).remove)
+            stack.callback(modules[name].register_forward_hook(note(name)).remove)
         caller.run(model, batch)
     return list(found.items())
 

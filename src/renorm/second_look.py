@@ -5,20 +5,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from renorm.calls import Caller, map_tensors, read
+from renorm.calls import Caller, map_tensors, read, tensors_in
+from renorm.errors import UsageError
 from renorm.moments import Moments
-from renorm.observe import measure, visiting
+from renorm.observe import measure, outputs_at, visiting
 from renorm.shift import Shift
-from renorm.sites import Site, unwrap
+from renorm.sites import Site, unwrap, walk
 from renorm.state import evaluating, preserving
 
-__all__ = ["Gap", "Padding", "calls_in_a_forward", "depends_on_company", "gap_between_modes", "trailing_padding"]
+__all__ = [
+    "Gap",
+    "Padding",
+    "Parting",
+    "calls_in_a_forward",
+    "depends_on_company",
+    "folded_apart",
+    "gap_between_modes",
+    "trailing_padding",
+]
 
+PARTED = (
+    1e-3  # of the largest value at a place: what one layer gives is rounded less than what a whole model does (BN503)
+)
 FEWEST = 16  # samples in a batch whose own moments may normalise it: below, the noise of the batch is the gap
 
 
@@ -42,6 +56,17 @@ class Padding(NamedTuple):
 
     share: float
     moved: float
+
+
+class Parting(NamedTuple):
+    """Where a folded model parts from its original.
+
+    error  the largest difference of an output, as a share of the largest output
+    site   the first batch norm from which on nothing is as it was, by the outputs at its place; "" where none can be named
+    """
+
+    error: float
+    site: str
 
 
 def gap_between_modes(model: nn.Module, batches: Sequence[Any], sites: Sequence[Site], caller: Caller) -> Gap | None:
@@ -109,6 +134,35 @@ def depends_on_company(model: nn.Module, batch: Any, caller: Caller) -> float | 
     whole, part = whole.double(), part.double()
     spread = float(whole.std(0, correction=0).mean()) or 1.0
     return float((whole[:half] - part).abs().max()) / spread
+
+
+def folded_apart(model: nn.Module, folded: nn.Module, batch: Any, sites: Sequence[Site], caller: Caller) -> Parting:
+    """How far the outputs of `folded` lie from those of `model` on a batch, and from which site on.
+
+    Where a batch norm was folded into the layer in front, what stands at its place gives what it gave; where into the layer
+    behind, that layer's. So the site is blamed from which on all places differ. Raises UsageError for outputs of other shapes.
+    """
+    names = [site.name for site in sites if site.slot is None]
+    there = {name for name, _ in walk(unwrap(folded))}
+    with _looking(model), _looking(folded):
+        ours, theirs = (tensors_in(caller.run(each, batch).output) for each in (model, folded))
+        if [t.shape for t in ours] != [t.shape for t in theirs]:
+            raise UsageError(
+                f"the folded model gives tensors of shape {[tuple(t.shape) for t in theirs]}, the model "
+                f"{[tuple(t.shape) for t in ours]}: it was made of another one, or of other options."
+            )
+        error = max((_relative(x, y) for x, y in zip(ours, theirs, strict=True)), default=0.0)
+        common = [name for name in names if name in there]
+        before, after = (outputs_at(unwrap(each), common, batch, caller) for each in (model, folded))
+    given = dict(after)
+    parted = [n for n, x in before if n in given and x.shape == given[n].shape]
+    parted = [*takewhile(lambda n: _relative(dict(before)[n], given[n]) > PARTED, reversed(parted))]
+    return Parting(error, parted[-1] if parted else "")
+
+
+def _relative(x: Tensor, y: Tensor) -> float:
+    x, y = x.detach().cpu().double(), y.detach().cpu().double()
+    return float((x - y).abs().max() / x.abs().max().clamp_min(1e-12)) if x.numel() else 0.0
 
 
 def trailing_padding(

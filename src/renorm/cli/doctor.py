@@ -13,7 +13,7 @@ from renorm.errors import UsageError
 from renorm.said import listed, many, say
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from renorm.cli.screen import Screen
     from renorm.datasets.base import Dataset
@@ -44,6 +44,9 @@ class Doctor(OnModel):
     data: str = argument(f"{DATA}; no labels needed", required=False)
     source: str = option("", "a profile of the source, made by renorm profile", metavar="FILE")
     ranks: str = option("", "checkpoints of the other ranks of the same run: 'run/rank*.pt'", metavar="PATTERN")
+    folded: str = option(
+        "", "the model folded, to be compared: a file of renorm fold, or another MODEL", metavar="FILE"
+    )
     passes: float | None = option(None, "the most passes over DATA to spend; what takes more is not asked, and said")
     top: int = option(10, "how many batch norms to list")
     fix: bool = option(False, "mend what can be mended, and write the weights to OUT")
@@ -167,6 +170,7 @@ class Doctor(OnModel):
             checkpoint=self._weights(),
             domains=dataset.groups if dataset else None,
             ranks=self._ranks(),
+            folded=self._folded(model),
             passes=self.passes,
             **self.calling(),
         )
@@ -176,6 +180,24 @@ class Doctor(OnModel):
         from renorm.checkpoints import read
 
         return read(self.checkpoint) if self.checkpoint and self.columns == "as-is" else self.checkpoint or None
+
+    def _folded(self, model: Model) -> nn.Module | None:
+        """The folded model: another MODEL, or this one in the form that the file tells."""
+        if not self.folded:
+            return None
+        if not self.data:
+            raise UsageError("renorm doctor --folded compares answers, and needs DATA.")
+        if ":" in self.folded:
+            from renorm.models import open_model
+
+            return open_model(self.folded).module
+        from copy import deepcopy
+
+        from renorm.fold import load_folded_
+
+        folded = deepcopy(model.module)
+        load_folded_(folded, self.folded)
+        return folded
 
     def _ranks(self) -> list[str] | None:
         found = sorted(glob(self.ranks))

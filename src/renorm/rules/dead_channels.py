@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from renorm.adjacent import sites_before
-from renorm.facts import was_trained
+from renorm.initial import was_trained
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import say
 

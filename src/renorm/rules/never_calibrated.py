@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from renorm.facts import was_trained
+from renorm.initial import was_trained
 from renorm.rules.base import Facts, Finding, Rule
 from renorm.said import many, say
 from renorm.sites import Site
