@@ -24,7 +24,7 @@ from pymdownx.slugs import slugify
 
 import renorm
 from renorm import layers
-from renorm.cli.base import Command, Setting, catalogue, methods, settings, summary
+from renorm.cli.base import Command, Setting, catalogue, members_settings, methods, settings, summary
 from renorm.cli.help import usage
 from renorm.cli.parse import placeholder
 from renorm.family import members
@@ -150,10 +150,10 @@ def command(kind: type[Command]) -> str:
         "`--config FILE` reads options from a YAML file, over which words on the command line win; `--print-config` prints "
         "the options as such a file, and does nothing else.",
     ]
-    if any(s.key == "method" for s in known):
+    if any(s.key == kind.chooses for s in known):
         parts += [
-            f"## With `--method {name}`\n\n{_first(method)}\n\n{_options(settings(method, prefix='options.'))}"
-            for name, method in methods(kind).items()
+            f"## With `--{kind.chooses} {name}`\n\n{_first(member)}\n\n{_options(members_settings(kind, name))}"
+            for name, member in methods(kind).items()
         ]
     return "\n\n".join(parts) + "\n"
 

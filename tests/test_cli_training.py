@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from renorm.cli.finetune import Finetune
+from renorm.cli.parse import parse
 from renorm.cli.screen import Screen
 from renorm.errors import UsageError
 from renorm.files import claimed
+from renorm.regularisers import L2SP, Delta
 from tests.test_cli import NETS, Ran, Terminal, refused, renorm
 
 __all__ = ["renorm"]  # a fixture
@@ -196,3 +200,24 @@ def test_little_memory_writes_the_same_weights(folder: Path, renorm: Callable[[s
     with safe_open("normal.safetensors", "pt") as normal, safe_open("lean.safetensors", "pt") as lean:
         assert all(torch.equal(normal.get_tensor(n), lean.get_tensor(n)) for n in normal.keys())
     refused(renorm(f"{words} -o tight.safetensors --memory tight"), "--memory")
+
+
+def test_a_regulariser_has_options_of_its_own(folder: Path, renorm: Callable[[str], Ran]) -> None:
+    words = "finetune nets.py:net two.npz -o new.pt --epochs 1 --lr 0.02 --policy all --regularisers l2_sp,delta"
+    ran = renorm(f"{words} --options.l2_sp.alpha 0.5 --print-config")
+    assert "  l2_sp:\n    alpha: 0.5\n    beta: 0.01\n" in ran.out
+    assert "  delta:\n    weight: 0.01\n" in ran.out
+    (folder / "run.yaml").write_text(ran.out)
+    command = parse(Finetune, ["--config", "run.yaml", "--options.delta.probes", "2", '--options.delta.layers=["5"]'])
+    assert isinstance(command, Finetune)
+    assert command.recipe().regularisers == (L2SP(alpha=0.5), Delta(probes=2, layers=("5",)))
+    assert command.written() == (
+        "renorm finetune nets.py:net two.npz --policy all --regularisers l2_sp,delta --options.l2_sp.alpha 0.5 "
+        "--options.delta.probes 2 --options.delta.layers '[\"5\"]' -o new.pt --epochs 1 --lr 0.02"
+    )
+    assert parse(Finetune, shlex.split(command.written())[2:]) == command
+    assert renorm("finetune --config run.yaml").code == 0
+    refused(renorm(f"{words} --options.l2_sp.alhpa 1"), "no option of the regulariser", "'--options.l2_sp.alpha'")
+    refused(renorm(f"{words} --options.l2_sp.alpha -1 -o other.pt"), "alpha of l2_sp is a number of at least 0; got -1")
+    refused(renorm("finetune nets.py:net two.npz -o x.pt --options.bss.k 2"), "belongs to a regulariser, and none was")
+    assert "--options.delta.weight X" in renorm("finetune --regularisers delta --help").out

@@ -68,6 +68,12 @@ def weights(model: nn.Module) -> dict[str, Any]:
 # ── what it does ──
 
 
+def test_what_moves_from_nothing_has_moved_as_far_as_it_is_large() -> None:
+    model = net()
+    nn.init.zeros_(model[1].bias)
+    assert finetune_(model, data(), policy="all", epochs=1, head="keep").moved["1.bias"] == pytest.approx(1)
+
+
 def test_it_learns_moves_what_it_says_and_is_undone() -> None:
     model = net()
     before, around = photograph(model), process()

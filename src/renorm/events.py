@@ -58,7 +58,7 @@ class FineTuned:
     history    one `Epoch` for each
     value      the metric on val at the very end, statistics re-estimated; None without val
     score      the same with its interval
-    moved      {parameter or statistic: how far it moved, relative to what it was}, for those that did
+    moved      {parameter or statistic: how far it moved, by what it was or is, whichever is larger}
     drift      {batch norm site: how far its statistics now lie from the source's, in source sd}
     lr         the highest rate of the features' last stage
     policy     what was allowed to move

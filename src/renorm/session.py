@@ -384,8 +384,9 @@ def _moved(kept: Kept) -> dict[str, float]:
         if before is None or before.shape != now.shape or torch.equal(before.to(now.device), now):
             continue
         if now.is_floating_point():
-            was = before.to(now.device).double()
-            found[name] = float((now.double() - was).norm() / was.norm().clamp_min(1e-12))
+            was, is_now = before.to(now.device).double(), now.double()
+            # of the larger of the two: means and biases of a network that never trained are 0
+            found[name] = float((is_now - was).norm() / torch.maximum(was.norm(), is_now.norm()).clamp_min(1e-12))
     return found
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from importlib import import_module
@@ -42,7 +43,10 @@ class Command(ABC):
 
     name: ClassVar[str]
     example: ClassVar[str]
-    family: ClassVar[str] = "methods"  # the folder in which a command with `method` finds it
+    family: ClassVar[str] = "methods"  # the folder in which the members that `chooses` names are found
+    chooses: ClassVar[str] = (
+        "method"  # the field that names a member; "regularisers" names several, with commas between
+    )
 
     format: Literal["table", "json", "html"] = option("table", "how to print the answer")
     report: str = option("", "write the answer as one HTML page, with pictures, besides printing it", metavar="FILE")
@@ -69,19 +73,15 @@ class Command(ABC):
             elif each.positional:
                 parts += [shlex.quote(value)] if value else []
             elif isinstance(value, Mapping):
-                usual = {s.key: s.default for s in self._method_settings()}
+                usual = {s.key: s.default for s in members_settings(type(self), str(getattr(self, self.chooses, "")))}
                 parts += [
-                    f"--{each.key}.{key} {shlex.quote(str(item))}"
-                    for key, item in value.items()
+                    f"{flag_of(key)} {shlex.quote(json.dumps(item) if isinstance(item, tuple) else str(item))}"
+                    for key, item in _flat(each.key, value)
                     if key not in usual or item != usual[key]
                 ]
             elif value != each.default:
                 parts.append(each.flag if value is True else f"{each.short or each.flag} {shlex.quote(str(value))}")
         return " ".join(parts)
-
-    def _method_settings(self) -> list[Setting]:
-        method = methods(type(self)).get(str(getattr(self, "method", "")))
-        return settings(method) if method else []
 
     @property
     def keeps(self) -> bool:
@@ -97,6 +97,15 @@ class Command(ABC):
     @abstractmethod
     def run(self, screen: Screen) -> Report:
         """Do the work; `screen` draws progress."""
+
+
+def _flat(key: str, value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, by dotted key."""
+    for inner, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(f"{key}.{inner}", item)
+        else:
+            yield f"{key}.{inner}", item
 
 
 def _named(each: Field[Any]) -> str:
@@ -123,7 +132,13 @@ class Setting:
     @property
     def flag(self) -> str:
         """How it is written on the command line."""
-        return "--" + self.key.replace("_", "-")
+        return flag_of(self.key)
+
+
+def flag_of(key: str) -> str:
+    """`--options.l2_sp.the-field`: members keep their names, fields are written with dashes."""
+    before, dot, last = key.rpartition(".")
+    return f"--{before}{dot}{last.replace('_', '-')}"
 
 
 def settings(kind: type[Any], *, prefix: str = "") -> list[Setting]:
@@ -156,8 +171,16 @@ def _from_docstring(kind: type[Any], name: str) -> str:
     return " ".join(found[1].split()) if found else ""
 
 
+def members_settings(command: type[Command], chosen: str) -> list[Setting]:
+    """The options of the members that `chosen` names, as far as they are known: `options.NAME`, or `options.MEMBER.NAME`."""
+    found, several = methods(command), command.chooses != "method"
+    names = [name.strip() for name in chosen.split(",")] if several else [chosen]
+    prefixes = {name: f"options.{name}." if several else "options." for name in names if name in found}
+    return [setting for name, prefix in prefixes.items() for setting in settings(found[name], prefix=prefix)]
+
+
 def methods(command: type[Command]) -> Mapping[str, type[Any]]:
-    """What `--method` of a command may name, besides auto."""
+    """What `--method` of a command may name, besides auto; of a command that chooses otherwise, what may be named there."""
     found: Mapping[str, type[Any]] = import_module(f"renorm.{command.family}.base").catalogue()
     return found
 

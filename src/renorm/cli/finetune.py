@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from renorm.cli.base import option
 from renorm.cli.training import Trains
@@ -22,14 +23,19 @@ class Finetune(Trains):
     """
 
     name: ClassVar[str] = "finetune"
+    family: ClassVar[str] = "regularisers"
+    chooses: ClassVar[str] = "regularisers"
     example: ClassVar[str] = (
         "renorm finetune nets.py:resnet20 --checkpoint resnet20.safetensors photos/ --val test/ -o new.safetensors"
     )
 
     policy: str = option("auto", "what may move: auto, all, head-only, few-labels …", metavar="NAME")
     regularisers: str = option(
-        "", "l2_sp, delta, bss, co_tuning, stochnorm, shrink; with commas between", metavar="NAMES"
+        "",
+        "l2_sp, delta, bss, co_tuning, stochnorm, shrink; with commas between; their own options: --options.NAME.OPTION",
+        metavar="NAMES",
     )
+    options: Mapping[str, Any] = field(default_factory=dict)
     head: Literal["auto", "new", "keep"] = option("auto", "auto: new unless the label names are the model's")
     gradual: bool = option(False, "train the head first, then one stage after another")
     depth_decay: float = option(1.0, "the rate falls by this factor from stage to stage towards the input")
@@ -47,6 +53,13 @@ class Finetune(Trains):
             recipe, target=Reshuffled(dataset.batches, tuple(dataset.classes or ()) or None), joint=self.joint
         )
 
+    def _regulariser(self, name: str) -> Any:
+        """One with its options; a name that is unknown as it is, for `build` to refuse."""
+        from renorm.regularisers.base import catalogue
+
+        own = {key: tuple(v) if isinstance(v, list) else v for key, v in self.options.get(name, {}).items()}
+        return catalogue()[name](**own) if name in catalogue() else name
+
     def recipe(self) -> Recipe:
         from renorm.calls import Caller
         from renorm.policy import preset
@@ -55,7 +68,9 @@ class Finetune(Trains):
 
         return Recipe(
             policy=self.policy if self.policy == "auto" else preset(self.policy),
-            regularisers=build([name.strip() for name in self.regularisers.split(",") if name.strip()]),
+            regularisers=build(
+                [self._regulariser(name) for each in self.regularisers.split(",") if (name := each.strip())]
+            ),
             epochs=self.epochs,
             lr=self.lr,
             head=self.head,

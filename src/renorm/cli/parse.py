@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from renorm.cli.base import Command, Setting, methods, settings
+from renorm.cli.base import Command, Setting, members_settings, methods, settings
 from renorm.errors import UnknownName, UsageError
 
 PLACEHOLDER: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
@@ -18,7 +18,8 @@ PLACEHOLDER: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 def parse(kind: type[Command], words: Sequence[str]) -> Command:
     """The command `kind` with the options in `words` and in the files that `--config` names.
 
-    A command with a `method` has that method's own fields as `--options.NAME`.
+    A command with a `method` has that method's own fields as `--options.NAME`, one with `regularisers` those of each that is
+    named as `--options.REGULARISER.NAME`.
     Raises UsageError, or UnknownName with the nearest right name, for what cannot be read.
     """
     from argparse import ArgumentError
@@ -40,15 +41,13 @@ def parse(kind: type[Command], words: Sequence[str]) -> Command:
 def every_setting(kind: type[Command], words: Sequence[str]) -> list[Setting]:
     """The settings of `kind` and those of its method: the one that `words` or a configuration file choose, else its default."""
     known = settings(kind)
-    chosen = next((s for s in known if s.key == "method"), None)
-    method = None if chosen is None else _peek(words, "method") or chosen.default
-    if method is None or method == "auto":
+    chosen = next((s for s in known if s.key == kind.chooses), None)
+    name = None if chosen is None else _peek(words, kind.chooses) or chosen.default
+    if chosen is None or name in (None, "", "auto"):
         return known
-    found = methods(kind)
-    if str(method) not in found:
-        auto = ["auto"] if chosen is not None and chosen.default == "auto" else []
-        raise UnknownName("method", str(method), [*auto, *found])
-    return known + settings(found[str(method)], prefix="options.")
+    if kind.chooses == "method" and str(name) not in methods(kind):
+        raise UnknownName("method", str(name), [*(["auto"] if chosen.default == "auto" else []), *methods(kind)])
+    return known + members_settings(kind, str(name))
 
 
 def placeholder(setting: Setting) -> str:
@@ -124,10 +123,13 @@ def _by_name(kind: type[Command], known: list[Setting], words: Sequence[str]) ->
 
 def _refuse_option(kind: type[Command], name: str, flags: list[str]) -> None:
     own = [flag for flag in flags if flag.startswith("--options.")]
-    if name.startswith("--options.") and "--method" in flags:
+    what = kind.chooses.rstrip("s")
+    if name.startswith("--options.") and f"--{kind.chooses}" in flags:
         if own:
-            raise UnknownName("option of the method", name, own)
-        raise UsageError(f"{name} belongs to a method, and none was chosen that has options. Give --method NAME.")
+            raise UnknownName(f"option of the {what}", name, own)
+        raise UsageError(
+            f"{name} belongs to a {what}, and none was chosen that has options. Give --{kind.chooses} NAME."
+        )
     raise UnknownName(f"option of renorm {kind.name}", name, [*flags, "--help"])
 
 

@@ -137,7 +137,7 @@ def _moved(result: FineTuned) -> Table:
     order = sorted(result.moved, key=lambda name: -result.moved[name])
     longest = max(result.moved.values()) or 1.0
     rows = tuple((name, Bar(result.moved[name] / longest, f"{result.moved[name]:.3g}")) for name in order[:ROWS])
-    note = say("How far a tensor went, by 2-norm, over how large it was.")
+    note = say("How far a tensor went, by 2-norm, over how large it was or is, whichever is more.")
     if hidden := len(order) - len(rows):
         note = follow(note, say("{hidden} more in --format json.", hidden=hidden))
     return Table(say("What moved, farthest first"), (say("name"), say("moved")), rows, note=note)

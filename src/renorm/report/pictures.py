@@ -78,6 +78,8 @@ def figure(pictures: Sequence[Picture], *, titles: bool = True) -> Figure:
             if titles:
                 part.suptitle(_label(picture.title), x=0.02, ha="left", size=11, weight="bold")
             _draw(picture, part)
+        # once for the layout: which ticks there are, and so how wide their numbers, is known after a first one only
+        made.draw_without_rendering()
     return made
 
 
