@@ -370,7 +370,7 @@ def labelled(*labels: int, samples: int = 12) -> list[Batch]:
 @pytest.mark.parametrize(
     ("train", "options", "words"),
     [
-        (labelled(2), {}, "all 12 training samples have the label 2"),
+        (labelled(2), {}, r"the label of all training samples \(12\) is 2"),
         (labelled(0, -1), {}, "the labels hold -1"),
         (labelled(0, 2), {"head": "new"}, "1 of 3 classes have no training sample, 1 first"),
         (labelled(0, 1), {"classes": ["a", "b", "c"]}, r"1 of 3 classes have no training sample, 2 \('c'\) first"),

@@ -159,6 +159,10 @@ def test_statistics_that_stood_still_are_not_drawn() -> None:
 def test_a_solved_head_has_classes_and_no_curves() -> None:
     result = finetune_(net(), data(30), data(12), policy="few-labels", head="new", classes=NAMES)
     assert result.history == ()
+    assert str(finetuned.verdict(result, output="x.pt").title).startswith("Fitted without training: accuracy ")
+    alone = finetune_(net(), data(30), policy="few-labels", head="new", classes=NAMES)
+    assert finetuned.verdict(alone, output="x.pt").title == "Fitted without training"
+    assert [row[0] for row in finetuned.blocks(result)[0].rows] == ["policy", "head"], "no rate where no step was taken"
     drawn = titled(result, names=NAMES)
     assert "Loss" not in drawn
     assert "Epochs" not in drawn

@@ -89,7 +89,7 @@ def measure(
             )
         if len(counts) == 1:
             raise BatchError(
-                f"all {labels.samples} training samples have the label {next(iter(counts))}: there is nothing to tell "
+                f"the label of all training samples ({labels.samples}) is {next(iter(counts))}: there is nothing to tell "
                 "apart. Give samples of at least two classes."
             )
     return Facts(

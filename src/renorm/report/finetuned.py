@@ -25,9 +25,12 @@ def verdict(result: FineTuned, *, output: str) -> Words:
         if result.history:
             last = say("Loss {loss:.3g} in the last epoch.", loss=result.history[-1].loss)
         unscored = say("Nothing was held back to score it on: give --val DATA.")
-        return Words(follow(follow(last, unscored), written), "good", say("Trained for {steps}", steps=steps))
-    value = scores.value(result.score)
-    title = say("Trained for {steps}: {metric} {value}", steps=steps, metric=scores.metric(result.score), value=value)
+        title = say("Trained for {steps}", steps=steps) if result.steps else say("Fitted without training")
+        return Words(follow(follow(last, unscored), written), "good", title)
+    metric, value = scores.metric(result.score), scores.value(result.score)
+    title = say("Fitted without training: {metric} {value}", metric=metric, value=value)
+    if result.steps:
+        title = say("Trained for {steps}: {metric} {value}", steps=steps, metric=metric, value=value)
     text = say(
         "95 % interval {interval}, from {samples}.",
         interval=scores.interval(result.score),
@@ -62,7 +65,7 @@ def _chosen(result: FineTuned) -> Table:
         ("", say("what"), why),
         (
             (say("policy"), result.policy.name, result.why["policy"]),
-            (say("learning rate"), f"{result.lr:g}", result.why["lr"]),
+            *([(say("learning rate"), f"{result.lr:g}", result.why["lr"])] if result.steps else []),
             (say("head"), say("new") if result.head == "new" else say("kept"), result.why["head"]),
         ),
         words=(why,),
