@@ -217,7 +217,7 @@ def test_a_regulariser_has_options_of_its_own(folder: Path, renorm: Callable[[st
     )
     assert parse(Finetune, shlex.split(command.written())[2:]) == command
     assert renorm("finetune --config run.yaml").code == 0
-    refused(renorm(f"{words} --options.l2_sp.alhpa 1"), "no option of the regulariser", "'--options.l2_sp.alpha'")
+    refused(renorm(f"{words} --options.l2_sp.alphaa 1"), "no option of the regulariser", "'--options.l2_sp.alpha'")
     refused(renorm(f"{words} --options.l2_sp.alpha -1 -o other.pt"), "alpha of l2_sp is a number of at least 0; got -1")
     refused(renorm("finetune nets.py:net two.npz -o x.pt --options.bss.k 2"), "belongs to a regulariser, and none was")
     assert "--options.delta.weight X" in renorm("finetune --regularisers delta --help").out
