@@ -161,14 +161,15 @@ class Recurrent(nn.Module, ABC):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One layer in one direction: its outputs, packed, and every sequence's states after its own last step."""
         norms = self._norms(suffix)
-        passing = {name: norm.begin(packed.sizes, packed.unsorted) for name, norm in norms.items()}
-        x = norms["input"](F.linear(data, getattr(self, f"weight_ih{suffix}")), passing["input"])
-        if self.bias:
-            x = x + self._input_bias(suffix)
+        passing = {
+            name: norm.begin(packed.sizes, packed.unsorted, self._input_bias(suffix) if name == "input" else None)
+            for name, norm in norms.items()
+        }
+        x = F.linear(data, getattr(self, f"weight_ih{suffix}"))
         weight = getattr(self, f"weight_hh{suffix}")
         bias = getattr(self, f"bias_hh{suffix}") if self.bias else None
         outputs, ended = [], []
-        for t, now in enumerate(x.split(packed.sizes)):
+        for t, now in enumerate(norms["input"].steps_of(x, passing["input"])):
             if len(now) < len(state[0]):
                 ended.append(tuple(part[len(now) :] for part in state))
                 state = tuple(part[: len(now)] for part in state)
@@ -184,9 +185,9 @@ class Recurrent(nn.Module, ABC):
         """The norms of one layer in one direction, by their kind."""
         return {norm: cast(StepNorm, self.get_submodule(_named(norm, suffix))) for norm in self.norms}
 
-    def _input_bias(self, suffix: str) -> Tensor:
-        bias: Tensor = getattr(self, f"bias_ih{suffix}")
-        return bias
+    def _input_bias(self, suffix: str) -> Tensor | None:
+        """What is added to the normalised input; None without biases."""
+        return self.get_parameter(f"bias_ih{suffix}") if self.bias else None
 
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}{end}" for end in ("", "_reverse")[: self.directions]]

@@ -64,11 +64,11 @@ class BNLSTM(Recurrent):
         ):  # one may be frozen
             return super()._scan(data, packed, state, suffix)
         passing = {name: norm.begin(packed.sizes, packed.unsorted) for name, norm in norms.items()}
-        bias = self._input_bias(suffix) if self.bias else None
+        bias = self._input_bias(suffix)
         hidden, cell = whole_lstm(
-            F.linear(data, self.get_parameter(f"weight_ih{suffix}")),
+            data,
             (state[0], state[1]),
-            self.get_parameter(f"weight_hh{suffix}"),
+            (self.get_parameter(f"weight_ih{suffix}"), self.get_parameter(f"weight_hh{suffix}")),
             [(norm.weight, bias if name == "input" else norm.bias) for name, norm in norms.items()],
             [(each.mean, each.unbiased) for each in passing.values()],
             packed.sizes,
@@ -84,8 +84,9 @@ class BNLSTM(Recurrent):
         plain = not torch.is_autocast_enabled(data.device.type) and not torch.compiler.is_compiling()
         return self.training and torch.is_grad_enabled() and alike and plain and min(sizes) > 1
 
-    def _input_bias(self, suffix: str) -> Tensor:
-        return super()._input_bias(suffix) + self.get_parameter(f"bias_hh{suffix}")
+    def _input_bias(self, suffix: str) -> Tensor | None:
+        bias = super()._input_bias(suffix)
+        return None if bias is None else bias + self.get_parameter(f"bias_hh{suffix}")
 
     def _step(
         self, x: Tensor, state: tuple[Tensor, ...], norm: AtStep, weight: Tensor, bias: Tensor | None
@@ -99,5 +100,7 @@ class BNLSTM(Recurrent):
 
 def _last(packed: Tensor, sizes: Sequence[int]) -> Tensor:
     """Every sequence's value at its own last step. Shapes: packed (sum of sizes, H) → (N, H)."""
+    if sizes[-1] == sizes[0]:
+        return packed[-sizes[0] :]
     steps = torch.split(packed, list(sizes))
     return torch.cat([now[after:] for now, after in zip(steps[::-1], [0, *sizes[:0:-1]], strict=True)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +16,23 @@ from renorm.kernels import recomputing
 
 @dataclass
 class Passing:
-    """One sequence on its way through a norm: how many samples each step has, whose statistics it uses, what it measured.
+    """One sequence on its way through a norm: how many samples each step has, and what it is normalised by.
 
-    `order` gives the rows of a full step in the caller's order, where they were sorted by length. Shapes: mean and unbiased
-    (T, C), in training and where a step has more than one sample.
+    In training `scratch` (2, T, C) takes the mean and unbiased variance of each step that has more than one sample; `mean` and
+    `unbiased` are its rows. In evaluation `scale` and `shift` (T, C) are what each step's norm does, where they can be known
+    beforehand, `plus` with them. `order` gives the rows of a full step in the caller's order, where they were sorted by length.
+    `plus` (C,) is added to what was normalised.
     """
 
     sizes: Sequence[int]
     places: Sequence[int]
-    order: Tensor | None
-    mean: Tensor
-    unbiased: Tensor
+    order: Tensor | None = None
+    scratch: Tensor | None = None
+    mean: Sequence[Tensor] = ()
+    unbiased: Sequence[Tensor] = ()
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    plus: Tensor | None = None
 
 
 class StepNorm(nn.Module):
@@ -95,46 +102,61 @@ class StepNorm(nn.Module):
         """Running mean and variance of a step, as views."""
         return self.running_mean[int(slot)], self.running_var[int(slot)]
 
-    def begin(self, sizes: Sequence[int], order: Tensor | None = None) -> Passing:
+    def begin(self, sizes: Sequence[int], order: Tensor | None = None, plus: Tensor | None = None) -> Passing:
         """What a sequence takes along that has `sizes[t]` samples at step t."""
-        last = self.steps - 1 if self.training else (self.used or self.steps) - 1
+        if self.training:
+            places = [min(step, self.steps - 1) for step in range(len(sizes))]
+            scratch = self.running_mean.new_zeros((2, len(sizes), self.num_features))
+            mean, unbiased = (rows.unbind() for rows in scratch.unbind())
+            return Passing(sizes, places, order, scratch, mean, unbiased, plus=plus)
+        last = (self.used or self.steps) - 1
         places = [min(step, last) for step in range(len(sizes))]
-        rows = len(sizes) if self.training else 0
-        moments = self.running_mean.new_zeros((2, rows, self.num_features))
-        return Passing(sizes, places, order, moments[0], moments[1])
+        if self.on_slot is not None or self.weight.dtype not in (torch.float32, torch.float64):
+            return Passing(sizes, places, order, plus=plus)
+        held = slice(0, len(sizes)) if last + 1 >= len(sizes) else places
+        scale = self.weight * torch.rsqrt(self.running_var[held] + self.eps)
+        shift = -self.running_mean[held] * scale
+        for each in (self.bias, plus):
+            shift = shift if each is None else shift + each
+        return Passing(sizes, places, order, scale=scale, shift=shift, plus=plus)
 
-    def forward(self, x: Tensor, passing: Passing | None = None, step: int | None = None) -> Tensor:
-        """The normalised values of `step`, or of all steps one after another.
+    def forward(self, x: Tensor, passing: Passing | None = None, step: int = 0) -> Tensor:
+        """The normalised values of `step`. Without `passing`, they move the statistics of that step by themselves.
 
-        Shapes: x (sizes[step], C), or (sum of sizes, C). Without `passing`, x (N, C) is step `step`, by default the first,
-        and moves the statistics by itself.
+        Shapes: x (sizes[step], C), or (N, C).
         """
-        if passing is None:
-            alone = self.begin([0] * (step or 0) + [len(x)])
-            y = self._at(x, alone, step or 0)
-            self.track_(alone)
-            return y
-        if step is not None:
+        if passing is not None:
             return self._at(x, passing, step)
-        if len(set(passing.sizes)) == 1 and self.on_slot is None and (not self.training or passing.sizes[0] > 1):
-            return self._together(x, passing)
-        return torch.cat([self._at(part, passing, t) for t, part in enumerate(torch.split(x, list(passing.sizes)))])
+        alone = self.begin([0] * step + [len(x)])
+        y = self._at(x, alone, step)
+        self.track_(alone)
+        return y
+
+    def steps_of(self, x: Tensor, passing: Passing) -> Iterator[Tensor]:
+        """The normalised values step after step, each made when it is asked for. Shapes: x (sum of sizes, C)."""
+        sizes = list(passing.sizes)
+        if passing.scratch is not None and len(set(sizes)) == 1 and sizes[0] > 1:
+            yield from torch.split(self._together(x, passing.scratch, passing), sizes)
+            return
+        for step, part in enumerate(torch.split(x, sizes)):
+            yield self._at(part, passing, step)
 
     def track_(self, passing: Passing) -> None:
         """Move each step's statistics towards what the sequence measured there; steps that share a place are pooled."""
-        if not self.training or not self.track_running_stats or recomputing():
+        if passing.scratch is None or not self.track_running_stats or recomputing():
             return
         with torch.no_grad():
             met = [t for t, size in enumerate(passing.sizes) if size > 1]
-            if not met or self._moved_apart(passing, met):
+            if not met or (not torch.compiler.is_compiling() and self._moved_apart(passing.scratch, len(met), passing)):
                 return
-            places = torch.tensor([passing.places[t] for t in met], device=passing.mean.device)
-            sizes = torch.tensor([[passing.sizes[t]] for t in met]).to(passing.mean)
-            mean, unbiased = passing.mean[met], passing.unbiased[met]
-            finite = torch.isfinite((mean + unbiased).sum(1))
+            places = torch.tensor([passing.places[t] for t in met], device=passing.scratch.device)
+            sizes = torch.tensor([[passing.sizes[t]] for t in met]).to(passing.scratch)
+            mean, unbiased = (torch.stack([rows[t] for t in met]) for rows in (passing.mean, passing.unbiased))
+            finite = torch.isfinite((mean + unbiased).sum(1, keepdim=True))
             self.skipped.add_((~finite).sum())
-            places, sizes, mean, unbiased = places[finite], sizes[finite], mean[finite], unbiased[finite]
-            mean, var, count = _pooled(places, sizes, mean, unbiased * (sizes - 1) / sizes, self.steps)
+            sizes, mean, unbiased = sizes * finite, torch.where(finite, mean, 0.0), torch.where(finite, unbiased, 0.0)
+            biased = unbiased * (1 - 1 / sizes.clamp_min(1))
+            mean, var, count = _pooled(places, sizes, mean, biased, self.steps)
             seen = count[:, 0] > 0
             self.tracked.add_(seen)
             factor = 1 / self.tracked.clamp_min(1)[:, None].to(mean.dtype)
@@ -145,21 +167,19 @@ class StepNorm(nn.Module):
                 moved = held + factor * (new.to(held.dtype) - held)
                 held.copy_(torch.where(seen[:, None], moved, held))
 
-    def _moved_apart(self, passing: Passing, met: Sequence[int]) -> bool:
+    def _moved_apart(self, scratch: Tensor, count: int, passing: Passing) -> bool:
         """`track_` where every step has a place of its own and is finite, which is most often so, in a third of the time."""
-        count = len(met)
-        if count < len(passing.sizes) or count > self.steps:
-            return False
-        if not bool(torch.isfinite((passing.mean + passing.unbiased).sum())):
+        if count < len(passing.sizes) or count > self.steps or not math.isfinite(float(scratch.sum())):
             return False
         tracked = self.tracked[:count].add_(1)
-        if self.momentum != 0:
-            new = passing.mean.new_full((count, 1), self.momentum or 0.0)
-            factor = (
-                (1 / tracked).to(new)[:, None] if self.momentum is None else new.masked_fill_(tracked[:, None] == 1, 1)
-            )
-            self.running_mean[:count].lerp_(passing.mean, factor)
-            self.running_var[:count].lerp_(passing.unbiased, factor)
+        if self.momentum == 0:
+            return True
+        factor: float | Tensor = self.momentum or 0.0
+        if self.momentum is None or int(tracked.min()) == 1:
+            factor = (1 / tracked).to(scratch)[:, None]
+            factor = factor if self.momentum is None else (factor == 1).to(scratch).clamp_min(self.momentum)
+        for held, new in zip((self.running_mean, self.running_var), scratch, strict=True):
+            held[:count].lerp_(new, factor)
         return True
 
     def reset_parameters(self) -> None:
@@ -176,10 +196,17 @@ class StepNorm(nn.Module):
     def _at(self, x: Tensor, passing: Passing, step: int) -> Tensor:
         if x.shape[1:] != self.weight.shape:
             raise BatchError(f"StepNorm has {self.num_features} channels, and was given the shape {tuple(x.shape)}.")
-        if self.training and len(x) > 1:
-            # the kernel leaves mean and unbiased variance in its buffers: rows of scratch, looked at before they count
-            mean, var = passing.mean[step], passing.unbiased[step]
-            return F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        if passing.scale is not None and passing.shift is not None and x.dtype == passing.scale.dtype:
+            return torch.addcmul(passing.shift[step], x, passing.scale[step])
+        y = self._measured(x, passing, step) if self.training and len(x) > 1 else self._held(x, passing, step)
+        return y if passing.plus is None else y + passing.plus
+
+    def _measured(self, x: Tensor, passing: Passing, step: int) -> Tensor:
+        """`x` by its own moments, which the kernel leaves in its buffers: rows of scratch, looked at before they count."""
+        mean, var = passing.mean[step], passing.unbiased[step]
+        return F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+
+    def _held(self, x: Tensor, passing: Passing, step: int) -> Tensor:
         place = passing.places[step]
         if self.training:  # nothing of this step is known yet: the last that holds something; copies, since these move
             place = min(place, (self.used or self.steps) - 1)
@@ -191,18 +218,14 @@ class StepNorm(nn.Module):
         mean, var = self.running_mean[place], self.running_var[place]
         return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
-    def _together(self, x: Tensor, passing: Passing) -> Tensor:
-        """All steps of sequences of one length at once, step and channel as one channel. Shapes: x (T·N, C)."""
+    def _together(self, x: Tensor, scratch: Tensor, passing: Passing) -> Tensor:
+        """All steps of sequences of one length by their own moments, step and channel as one channel. Shapes: x (T·N, C)."""
         steps, size, width = len(passing.sizes), passing.sizes[0], self.num_features
         flat = x.view(steps, size, width).transpose(0, 1).reshape(size, steps * width)
-        weight, bias = self.weight.repeat(steps), None if self.bias is None else self.bias.repeat(steps)
-        if self.training:
-            mean, var = passing.mean.view(-1), passing.unbiased.view(-1)
-            y = F.batch_norm(flat, mean, var, weight, bias, True, 1.0, self.eps)
-        else:
-            places = list(passing.places)
-            mean, var = self.running_mean[places].view(-1), self.running_var[places].view(-1)
-            y = F.batch_norm(flat, mean, var, weight, bias, False, 0.0, self.eps)
+        mean, var = scratch.view(2, -1)
+        bias = passing.plus if self.bias is None else self.bias if passing.plus is None else self.bias + passing.plus
+        weight, bias = self.weight.repeat(steps), None if bias is None else bias.repeat(steps)
+        y = F.batch_norm(flat, mean, var, weight, bias, True, 1.0, self.eps)
         return y.view(size, steps, width).transpose(0, 1).reshape(steps * size, width)
 
 
