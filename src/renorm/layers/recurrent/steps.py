@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from renorm.errors import BatchError, UsageError
-from renorm.kernels import recomputing
+from renorm.kernels import recomputing, wide
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Passing:
     places: Sequence[int]
     order: Tensor | None = None
     scratch: Tensor | None = None
-    mean: Sequence[Tensor] = ()
-    unbiased: Sequence[Tensor] = ()
+    mean: list[Tensor] = field(default_factory=list)
+    unbiased: list[Tensor] = field(default_factory=list)
     scale: Tensor | None = None
     shift: Tensor | None = None
     plus: Tensor | None = None
@@ -107,13 +108,20 @@ class StepNorm(nn.Module):
         if self.training:
             places = [min(step, self.steps - 1) for step in range(len(sizes))]
             scratch = self.running_mean.new_zeros((2, len(sizes), self.num_features))
-            mean, unbiased = (rows.unbind() for rows in scratch.unbind())
+            mean, unbiased = (list(rows.unbind()) for rows in scratch.unbind())
             return Passing(sizes, places, order, scratch, mean, unbiased, plus=plus)
-        last = (self.used or self.steps) - 1
-        places = [min(step, last) for step in range(len(sizes))]
-        if self.on_slot is not None or self.weight.dtype not in (torch.float32, torch.float64):
+        known = self.on_slot is None and self.weight.dtype in (torch.float32, torch.float64)
+        places: list[int] = []
+        if known and torch.compiler.is_compiling():  # which steps hold something is then no number, but a tensor
+            used = (self.tracked > 0).cumprod(0).sum()
+            last = torch.where(used > 0, used, self.steps) - 1
+            held: Any = torch.arange(len(sizes), device=last.device).minimum(last)
+        else:
+            last = (self.used or self.steps) - 1
+            places = [min(step, last) for step in range(len(sizes))]
+            held = slice(0, len(sizes)) if last + 1 >= len(sizes) else places
+        if not known:
             return Passing(sizes, places, order, plus=plus)
-        held = slice(0, len(sizes)) if last + 1 >= len(sizes) else places
         scale = self.weight * torch.rsqrt(self.running_var[held] + self.eps)
         shift = -self.running_mean[held] * scale
         for each in (self.bias, plus):
@@ -203,6 +211,10 @@ class StepNorm(nn.Module):
 
     def _measured(self, x: Tensor, passing: Passing, step: int) -> Tensor:
         """`x` by its own moments, which the kernel leaves in its buffers: rows of scratch, looked at before they count."""
+        if torch.compiler.is_compiling():
+            y, mean, unbiased = self._composed(x)
+            passing.mean[step], passing.unbiased[step] = mean, unbiased
+            return y
         mean, var = passing.mean[step], passing.unbiased[step]
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
 
@@ -221,12 +233,26 @@ class StepNorm(nn.Module):
     def _together(self, x: Tensor, scratch: Tensor, passing: Passing) -> Tensor:
         """All steps of sequences of one length by their own moments, step and channel as one channel. Shapes: x (T·N, C)."""
         steps, size, width = len(passing.sizes), passing.sizes[0], self.num_features
+        if torch.compiler.is_compiling():
+            y, mean, unbiased = self._composed(x.view(steps, size, width))
+            passing.mean[:], passing.unbiased[:] = mean.unbind(), unbiased.unbind()
+            return (y if passing.plus is None else y + passing.plus).view(steps * size, width)
         flat = x.view(steps, size, width).transpose(0, 1).reshape(size, steps * width)
-        mean, var = scratch.view(2, -1)
+        means, variances = scratch.view(2, -1)
         bias = passing.plus if self.bias is None else self.bias if passing.plus is None else self.bias + passing.plus
         weight, bias = self.weight.repeat(steps), None if bias is None else bias.repeat(steps)
-        y = F.batch_norm(flat, mean, var, weight, bias, True, 1.0, self.eps)
+        y = F.batch_norm(flat, means, variances, weight, bias, True, 1.0, self.eps)
         return y.view(size, steps, width).transpose(0, 1).reshape(steps * size, width)
+
+
+    def _composed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised by its own moments, those, the variance unbiased, in operations that a compiler fuses. Shapes: (*, N, C)."""
+        values = x.to(wide(x))
+        var, mean = torch.var_mean(values, -2, correction=0, keepdim=True)
+        y = (values - mean) * (torch.rsqrt(var + self.eps) * self.weight)
+        y = y if self.bias is None else y + self.bias
+        count = x.shape[-2]
+        return y.to(x.dtype), mean.detach().squeeze(-2), var.detach().squeeze(-2) * (count / (count - 1))
 
 
 def _pooled(places: Tensor, sizes: Tensor, mean: Tensor, var: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
