@@ -27,6 +27,7 @@ from renorm.bench import (
     recalibrate_table,
     runner,
     speed_table,
+    unrolled,
 )
 from renorm.bench.base import SIZES, Cell, Row, Suite, catalogue, vary
 from renorm.bench.beds import BEDS
@@ -35,6 +36,7 @@ from renorm.bench.resample import some_classes
 from renorm.bench.runner import CellDone, Finished, Started, open_suite, run_suite
 from renorm.bench.store import Store
 from renorm.errors import DataError, UnknownName, UsageError
+from renorm.layers import BNLSTM
 from tests import zoo
 from tests.data import shared
 
@@ -391,7 +393,18 @@ def test_the_table_of_speed_takes_medians_against_the_faster_peer() -> None:
     values = {"update_bn seconds": 10.0, "update_bn images": 4000, "update_bn error": 30.0}
     values |= {"0.05 seconds": 1.0, "0.05 images": 200, "0.05 error": 30.5}
     rows += [Row(Cell.of(part="equal error", on="fog", seed=seed), values) for seed in range(3)]
+    for part, way in (("recurrent", "ours"), ("recurrent, compiled", "compiled")):
+        rows += [
+            Row(
+                Cell.of(part=part, on="64 steps of 1", seed=seed),
+                {"loop": 0.06, way: 0.04, "lstm": 0.01, "warm_up": 70.0},
+            )
+            for seed in range(3)
+        ]
     lines = speed_table.table(rows).splitlines()
+    assert next(x for x in lines if "at least 1.4 times" in x).split("|")[2].strip().startswith("1.50 (1.50–1.50)")
+    assert next(x for x in lines if "at least 3.0 times" in x).endswith("| 1.50 (1.50–1.50), after 70 s | **miss** |")
+    assert "| 64 steps of 1 | 60 | 1.50 (1.50–1.50) | 6.00 (6.00–6.00) |" in lines
     assert next(x for x in lines if "certainty off" in x).endswith(
         "| 0.95 (0.95–0.95) against fvcore, 3 turns | pass |"
     )
@@ -402,6 +415,21 @@ def test_the_table_of_speed_takes_medians_against_the_faster_peer() -> None:
         "| 10.00 (10.00–10.00) times; +0.50 [+0.50, +0.50] points | **miss** |"
     )
     assert "## Targets" in speed_table.table([])
+
+
+def test_a_loop_of_modules_with_the_same_weights_is_what_ours_is_compared_with() -> None:
+    shape = unrolled.Shape(6, 3, 2, 4)
+    loop, ours = unrolled.Unrolled(shape), BNLSTM(2, 4, steps=3, batch_first=True)
+    with torch.no_grad():
+        ours.weight_ih_l0.copy_(loop.from_input.weight)
+        ours.weight_hh_l0.copy_(loop.from_hidden.weight)
+        for bias in (ours.bias_ih_l0, ours.bias_hh_l0):
+            bias.zero_()
+    x = torch.randn(6, 3, 2)
+    torch.testing.assert_close(loop(x), ours(x)[0], rtol=1e-4, atol=1e-5)
+    found = unrolled.eager(shape, 1)
+    assert found.keys() == {"loop", "ours", "lstm"}
+    assert min(found.values()) > 0
 
 
 # ── suite fold ──

@@ -176,6 +176,31 @@ def test_a_class_mix_that_still_changes_is_said() -> None:
     assert recalibrate_(trained(), target, source=known()).notes == ()
 
 
+def test_a_class_mix_that_feeds_on_itself_is_not_believed() -> None:
+    """Where samples say little of their class a mix grows pass by pass; the source's own makes the model as sure."""
+    noise = 0.6 * torch.randn(600, 4, generator=torch.Generator().manual_seed(9))
+    target = (0.5 * draw(600, (1.0, 0.0, 0.0), seed=3)[0] + noise).split(100)
+    trusting, wary = trained(), trained()
+    held = Moments(1, wary[0].running_mean.clone(), wary[0].running_var.clone())
+    before = recalibrate_(trusting, target, source=known(), options={"surer": -1.0})
+    found = recalibrate_(wary, target, source=known())
+    assert "the class mix still changed by" in before.notes[0]
+    assert "did not settle, and with it the model is hardly surer (-0.0" in found.notes[0]
+    assert len(before.notes) == len(found.notes) == 1
+    assert (before.passes, found.passes) == (6, 2)
+    # at the source's mix the target's moments are its own, blended with what is held
+    whole = held.blend(Moments.of(torch.cat(target)), source_weight=found.weights["0"], cross_term=False)
+    assert _apart(Moments(1, wary[0].running_mean, wary[0].running_var), whole) < 0.01
+    assert _apart(Moments(1, trusting[0].running_mean, trusting[0].running_var), whole) > 0.2
+
+
+@pytest.mark.parametrize(("surer", "believed"), [(0.025, True), (0.2, False)])
+def test_a_class_mix_that_grew_is_believed_where_the_model_is_surer_with_it(surer: float, believed: bool) -> None:
+    target = (0.2 * draw(600, (1.0, 0.0, 0.0), seed=4)[0]).split(100)
+    found = recalibrate_(trained(), target, source=known(), options={"surer": surer})
+    assert any("hardly surer" in note for note in found.notes) != believed
+
+
 def test_without_a_profile_it_is_refused() -> None:
     with pytest.raises(UsageError, match=r"compares the target with a profile of the source; make one with"):
         recalibrate_(trained(), [draw(30, EVERY)[0]], method="equal_mix")
@@ -202,6 +227,7 @@ def test_a_model_with_other_classes_is_refused() -> None:
         ({"passes": 1.5}, r"passes is how often .* got 1\.5"),
         ({"settled": -0.1}, "settled, doubt and images are 0 or more; got -0.1"),
         ({"doubt": -1}, "settled, doubt and images are 0 or more"),
+        ({"surer": 1.5}, "surer is a relative difference of log odds, -1 to 1; got 1.5"),
         ({"widest": 0.5}, "widest is a ratio of standard deviations, 1 or more; got 0.5"),
         ({"widest": math.nan}, "widest is a ratio"),
     ],

@@ -501,3 +501,26 @@ def test_statistics_do_not_hang_on_which_way_they_are_moved(monkeypatch: pytest.
             patch.setattr(StepNorm, "_moved_apart", lambda *_: False)
             slow(x)
         same(moments(quick), moments(slow), 1e-12)
+
+
+@every_kind
+def test_it_compiles_whole_with_the_same_numbers_and_statistics(kind: str) -> None:
+    """One graph in training and in evaluation, the statistics of steps that share a place and of one that is not finite too."""
+    steps = 2 if kind == "lstm" else 3
+    plain = made(kind, steps=steps, lived=False)
+    other = copy.deepcopy(plain)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for spoilt in (False, True):
+        x = sequences(steps=3)
+        x[0, 2] = torch.inf if spoilt else 0
+        ours, theirs = plain(x)[0], compiled(x)[0]
+        torch.testing.assert_close(theirs, ours, equal_nan=True)
+        same(moments(other), moments(plain), 1e-12)
+        if not spoilt:
+            for output in (ours, theirs):
+                output.square().sum().backward()
+            for mine, its in zip(plain.parameters(), other.parameters(), strict=True):
+                torch.testing.assert_close(its.grad, mine.grad, rtol=1e-9, atol=1e-9)
+    longer = sequences(steps=4)  # than training ever was
+    torch.testing.assert_close(compiled.eval()(longer)[0], plain.eval()(longer)[0])
+    torch.compiler.reset()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from renorm.adapt import adapt_
-from renorm.bench import peers, speed_table
+from renorm.bench import peers, speed_table, unrolled
 from renorm.bench.base import Cell, Row, Suite
 from renorm.bench.beds import ResNet20, error
 from renorm.errors import require
@@ -65,6 +65,11 @@ class Speed(Suite):
         for size in STREAMED:
             for turn in range(self.seeds):
                 yield Cell.of(part="stream", on=f"batches of {size}", seed=turn)
+        for shape in unrolled.SHAPES:
+            for turn in range(self.seeds):
+                yield Cell.of(part="recurrent", on=shape, seed=turn)
+        for turn in range(self.seeds if self.size == "full" else 1):  # a minute or more each, to compile
+            yield Cell.of(part="recurrent, compiled", on=unrolled.COMPILED, seed=turn)
         for shift in ResNet20.shifts:
             for seed in range(self.seeds):
                 yield Cell.of(part="equal error", on=shift, seed=seed)
@@ -74,6 +79,9 @@ class Speed(Suite):
         if cell["part"] in ("equal images", "cheaper"):
             ways = _EQUAL_IMAGES if cell["part"] == "equal images" else _CHEAPER
             return _in_turns(ways, cell["on"], cell["seed"])
+        if cell["part"].startswith("recurrent"):
+            measure = unrolled.compiled if cell["part"].endswith("compiled") else unrolled.eager
+            return measure(unrolled.SHAPES[cell["on"]], cell["seed"])
         if cell["part"] == "stream":
             bed = ResNet20(self.data, DENSE + LATER, 1)
             return _streaming(bed, int(cell["on"].rpartition(" ")[2]), cell["seed"])

@@ -244,9 +244,8 @@ class StepNorm(nn.Module):
         y = F.batch_norm(flat, means, variances, weight, bias, True, 1.0, self.eps)
         return y.view(size, steps, width).transpose(0, 1).reshape(steps * size, width)
 
-
     def _composed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised by its own moments, those, the variance unbiased, in operations that a compiler fuses. Shapes: (*, N, C)."""
+        """Normalised by its own moments; those, unbiased; in operations that a compiler fuses. Shapes: (*, N, C)."""
         values = x.to(wide(x))
         var, mean = torch.var_mean(values, -2, correction=0, keepdim=True)
         y = (values - mean) * (torch.rsqrt(var + self.eps) * self.weight)
