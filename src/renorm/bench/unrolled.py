@@ -83,7 +83,8 @@ def compiled(shape: Shape, turn: int) -> dict[str, float]:
     """The same of ours under `torch.compile` beside the loop, and the seconds of the first two steps, caches left aside."""
     x, models = _made(shape, turn)
     torch.compiler.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):
+    settings: Any = torch.compiler.config
+    with settings.patch(force_disable_caches=True):
         ours: Any = torch.compile(models["ours"], dynamic=False)
         step = _step(ours, models["ours"], x)
         start = perf_counter()

@@ -106,27 +106,28 @@ class StepNorm(nn.Module):
     def begin(self, sizes: Sequence[int], order: Tensor | None = None, plus: Tensor | None = None) -> Passing:
         """What a sequence takes along that has `sizes[t]` samples at step t."""
         if self.training:
-            places = [min(step, self.steps - 1) for step in range(len(sizes))]
+            shared = [min(step, self.steps - 1) for step in range(len(sizes))]
             scratch = self.running_mean.new_zeros((2, len(sizes), self.num_features))
             mean, unbiased = (list(rows.unbind()) for rows in scratch.unbind())
-            return Passing(sizes, places, order, scratch, mean, unbiased, plus=plus)
+            return Passing(sizes, shared, order, scratch, mean, unbiased, plus=plus)
         known = self.on_slot is None and self.weight.dtype in (torch.float32, torch.float64)
-        places: list[int] = []
-        if known and torch.compiler.is_compiling():  # which steps hold something is then no number, but a tensor
+        if known and torch.compiler.is_compiling():  # how many steps hold something is then no number, but a tensor
             used = (self.tracked > 0).cumprod(0).sum()
-            last = torch.where(used > 0, used, self.steps) - 1
-            held: Any = torch.arange(len(sizes), device=last.device).minimum(last)
-        else:
-            last = (self.used or self.steps) - 1
-            places = [min(step, last) for step in range(len(sizes))]
-            held = slice(0, len(sizes)) if last + 1 >= len(sizes) else places
+            rows = torch.arange(len(sizes), device=used.device).minimum(torch.where(used > 0, used, self.steps) - 1)
+            return self._folded(Passing(sizes, (), order, plus=plus), rows)
+        last = (self.used or self.steps) - 1
+        passing = Passing(sizes, [min(step, last) for step in range(len(sizes))], order, plus=plus)
         if not known:
-            return Passing(sizes, places, order, plus=plus)
-        scale = self.weight * torch.rsqrt(self.running_var[held] + self.eps)
-        shift = -self.running_mean[held] * scale
-        for each in (self.bias, plus):
-            shift = shift if each is None else shift + each
-        return Passing(sizes, places, order, scale=scale, shift=shift, plus=plus)
+            return passing
+        return self._folded(passing, slice(0, len(sizes)) if last + 1 >= len(sizes) else list(passing.places))
+
+    def _folded(self, passing: Passing, rows: Any) -> Passing:
+        """`passing`, with what each step's norm does by the statistics in `rows`."""
+        passing.scale = self.weight * torch.rsqrt(self.running_var[rows] + self.eps)
+        passing.shift = -self.running_mean[rows] * passing.scale
+        for each in (self.bias, passing.plus):
+            passing.shift = passing.shift if each is None else passing.shift + each
+        return passing
 
     def forward(self, x: Tensor, passing: Passing | None = None, step: int = 0) -> Tensor:
         """The normalised values of `step`. Without `passing`, they move the statistics of that step by themselves.

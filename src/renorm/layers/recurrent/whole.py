@@ -17,7 +17,7 @@ from torch import Tensor
 
 Given = Sequence[Tensor | None]  # weights and biases of the norms: input, hidden, cell
 
-_norm = torch.native_batch_norm
+_norm: Any = torch.native_batch_norm  # its stub knows no optional bias among *args
 _back = torch.ops.aten.native_batch_norm_backward.default
 _tanh_back = torch.ops.aten.tanh_backward.default
 _sigmoid_back = torch.ops.aten.sigmoid_backward.default
