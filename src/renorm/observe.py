@@ -70,12 +70,13 @@ def observing(
     model = unwrap(model)
     sites = sites_to_observe(model, include=include, exclude=exclude)
     seen: dict[str, Observed] = {}
+    passed: list[tuple[str, Observed]] = []  # in this batch
 
     def visit(site: Site, x: Tensor) -> None:
         if not x.numel():
             return  # a detector's head without proposals, an expert without tokens
         now = measure(x, axis=site.axis, exact=under == "running")
-        seen[site.name] = seen[site.name].merge(now) if site.name in seen else now
+        passed.append((site.name, now))
         if under == "batch":
             site.normalise_by_(now.values)
 
@@ -84,16 +85,17 @@ def observing(
     samples = functional = 0
     with preserving(model), evaluating(model), visiting(model, sites, visit):
         for index, batch in nonempty(batches, asked="observe", required=world() == 1):
-            before = dict(seen)
+            passed.clear()
             try:
                 with _FunctionalCalls(sites) if index == 0 else ExitStack() as watch:
                     samples += caller.run(model, batch, index=index).samples
             except Exception as error:
                 if failed is None:
                     raise
-                seen = before  # what it sent into the layers in front of the one that failed
-                failed(index, error)
+                failed(index, error)  # what it sent into the layers in front of the one that failed does not count
                 continue
+            for name, now in _brought(passed):
+                seen[name] = seen[name].merge(now) if name in seen else now
             put_(held, kept)  # a quantisation-aware conv reads its batch norm's statistics before they are lent
             functional = watch.count if isinstance(watch, _FunctionalCalls) else functional
             ordered = {site.name: seen[site.name] for site in sites if site.name in seen}
@@ -338,6 +340,18 @@ def _one_pass(x: Tensor, space: tuple[int, ...]) -> Observed:
     center = x[:1].float().mean((0, *space))
     var, mean = torch.var_mean(x - center.view(1, -1, *[1] * len(space)), space, correction=0)
     return _of_images(mean.double() + center.double(), var.double(), x[0, 0].numel())
+
+
+def _brought(passed: Sequence[tuple[str, Observed]]) -> Iterator[tuple[str, Observed]]:
+    """The same on the processor, where small sums are cheap, by one transfer from the device that all of them lie on."""
+    vectors: Sequence[Tensor] = [vector for _, seen in passed for m in seen for vector in (m.mean, m.var)]
+    if len({vector.device for vector in vectors}) > 1:
+        vectors = [vector.cpu() for vector in vectors]
+    elif vectors and vectors[0].device.type != "cpu":
+        vectors = torch.split(torch.cat(list(vectors)).cpu(), [len(vector) for vector in vectors])
+    left = iter(vectors)
+    for name, seen in passed:
+        yield name, Observed(*(Moments(m.count, next(left), next(left)) for m in seen))
 
 
 def _of_images(means: Tensor, variances: Tensor, positions: int) -> Observed:

@@ -219,7 +219,7 @@ class _Tally:
     """Sums over source images of their moments at every site: by class, and by halves for the gap."""
 
     def __init__(self, sites: list[Site]) -> None:
-        self._held = {site.name: held.to("cpu") for site in sites if (held := site.statistics()) is not None}
+        self._held = {site.name: held for site in sites if (held := site.statistics()) is not None}
         self._eps = {site.name: site.eps for site in sites}
         self._now: dict[str, list[Tensor]] = {}
         self._by_class: dict[str, Tensor] = {}

@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from renorm.errors import NoBatchNorm, UsageError
-from renorm.moments import Moments, as_float64
+from renorm.moments import Moments
 
 Kind = Literal["batch", "layer", "group", "instance", "rms"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -124,11 +124,11 @@ class Site:
         return _statistics(self.module)
 
     def statistics(self) -> Moments | None:
-        """The statistics the layer holds, as moments of unknown count (`math.inf`); None where it holds none."""
+        """The layer's statistics, as moments of unknown count (`math.inf`) on the processor; None where it holds none."""
         tensors = self.tensors
         if tensors is None:
             return None
-        mean, var = (as_float64(t.detach()).clone() for t in tensors)
+        mean, var = (t.detach().cpu().to(torch.float64, copy=True) for t in tensors)
         return Moments(math.inf, mean, var)
 
     def write_(self, moments: Moments) -> None:

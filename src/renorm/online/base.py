@@ -63,7 +63,7 @@ class Running(ABC):
         self.subject: Subject = subject
         self.changes: int = 0  # of domain, as far as the method notices them
         self.held: dict[str, Moments] = {
-            site.name: held.to("cpu") for site in subject.sites if (held := site.statistics()) is not None
+            site.name: held for site in subject.sites if (held := site.statistics()) is not None
         }
 
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
