@@ -221,3 +221,16 @@ def test_a_regulariser_has_options_of_its_own(folder: Path, renorm: Callable[[st
     refused(renorm(f"{words} --options.l2_sp.alpha -1 -o other.pt"), "alpha of l2_sp is a number of at least 0; got -1")
     refused(renorm("finetune nets.py:net two.npz -o x.pt --options.bss.k 2"), "belongs to a regulariser, and none was")
     assert "--options.delta.weight X" in renorm("finetune --regularisers delta --help").out
+
+
+def test_of_several_processes_one_speaks_and_writes(
+    folder: Path, renorm: Callable[[str], Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "finetune nets.py:net two.npz -o new.pt --epochs 1 --lr 0.02 --policy all --report page.html"
+    monkeypatch.setenv("RANK", "1")
+    second = renorm(words)
+    assert (second.code, second.out, list(folder.glob("new.*")), list(folder.glob("page.*"))) == (0, "", [], [])
+    monkeypatch.setenv("RANK", "0")
+    assert "Trained for" in renorm(words).out
+    assert (folder / "new.pt").exists()
+    assert (folder / "page.html").exists()

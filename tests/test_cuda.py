@@ -346,3 +346,24 @@ def test_a_step_that_a_grad_scaler_skipped_is_seen_in_the_statistics() -> None:
             optimiser.zero_grad()
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert "BN406" in {finding.rule for finding in watch.findings}
+
+
+def test_a_lean_step_is_the_same_and_takes_less() -> None:
+    from tests.test_lean import Deep
+
+    model = Deep(blocks=6, width=16).cuda().train()
+    lean = copy.deepcopy(model)
+    renorm.lean_(lean)
+    x = torch.randn(16, 3, 32, 32, device="cuda")
+    peaks = []
+    for each in (model, lean):
+        torch.manual_seed(0)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.backward(each(x).square().mean())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    for (name, ours), (_, theirs) in zip(lean.named_parameters(), model.named_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **ALIKE, msg=name)
+    for (name, ours), (_, theirs) in zip(lean.named_buffers(), model.named_buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, **ALIKE, msg=name)
+    assert peaks[1] < 0.7 * peaks[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ from renorm.report.base import Report
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes, of those that `accelerate launch` or `torchrun` started to work together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Screen:
     @property
     def draws(self) -> bool:
         """Whether progress is drawn."""
-        return not self.quiet and sys.stderr.isatty()
+        return not self.quiet and is_first() and sys.stderr.isatty()
 
     def watched(self, batches: Iterable[Any], doing: str) -> Iterable[Any]:
         """`batches`, with a line that says how far reading has come and how long the rest will take.
@@ -73,7 +79,9 @@ class Screen:
             yield draw
 
     def show(self, report: Report) -> None:
-        """Print the report on stdout in the format that was asked for, and write the page if one was."""
+        """Print the report on stdout in the format that was asked for, and write the page if one was; one of several does."""
+        if not is_first():
+            return
         if self.page:
             from renorm.files import writing
             from renorm.report import html

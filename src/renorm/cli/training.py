@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -60,10 +59,11 @@ class Trains(OnModel):
 
     def run(self, screen: Screen) -> Report:
         from renorm.checkpoints import writable
+        from renorm.cli.screen import is_first
         from renorm.files import claimed
 
         target = writable(self.output, force=self.force)
-        with claimed(target) if _is_main() else nullcontext():
+        with claimed(target) if is_first() else nullcontext():
             return self._run(target, screen)
 
     def _run(self, target: Path, screen: Screen) -> Report:
@@ -109,9 +109,10 @@ class Trains(OnModel):
 
     def _write(self, model: Model, target: Path, made: Mapping[str, Any]) -> None:
         from renorm.checkpoints import write
+        from renorm.cli.screen import is_first
         from renorm.errors import FileExists, UsageError
 
-        if not _is_main():
+        if not is_first():
             return
         try:
             write(model.module, target, provenance=made, force=self.force)
@@ -173,8 +174,3 @@ def _constant(remembered: Mapping[str, Any]) -> tuple[str, ...]:
     names = [name for name, var in zip(found["names"], found["var"], strict=True) if var == 0] if found else []
     told = say("columns with one value in all rows, which tells the model nothing: {some}", some=some(names))
     return (told,) if names else ()
-
-
-def _is_main() -> bool:
-    """Whether this is the process that writes, of those that `accelerate launch` or `torchrun` started."""
-    return os.environ.get("RANK", "0") == "0"
