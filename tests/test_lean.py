@@ -243,6 +243,32 @@ def test_without_gradients_and_with_a_cache_blocks_run_once() -> None:
     assert len(calls) == len(held) == 1
 
 
+def causal() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "num_labels": 3, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=40, pad_token_id=0, **sizes)
+    model: nn.Module = transformers.GPT2ForSequenceClassification(config)
+    return model
+
+
+def test_the_empty_cache_of_a_causal_model_stands_in_no_ones_way() -> None:
+    model = causal().train()
+    other = copy.deepcopy(model)
+    lean_(other)
+    calls: list[int] = []
+    other.get_submodule("transformer.h.0.ln_1").register_forward_hook(lambda *_: calls.append(1))
+    tokens = torch.randint(1, 40, (4, 6))
+    for each in (model, other):
+        torch.manual_seed(1)
+        torch.autograd.backward(each(input_ids=tokens, labels=torch.arange(4) % 3).loss)
+    assert len(calls) == 2, "forward, and once more in the backward pass"
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert (one.grad is None and two.grad is None) or torch.equal(one.grad, two.grad)
+    with torch.no_grad():
+        kept = other.eval()(input_ids=tokens, use_cache=True).past_key_values
+    assert kept.get_seq_length() == 6, "in evaluation it is filled as ever"
+
+
 def test_an_input_that_was_changed_since_is_refused() -> None:
     model = Deep(2).train()
     lean_(model)

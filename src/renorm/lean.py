@@ -34,7 +34,7 @@ def lean_(model: nn.Module, include: str | Sequence[str] = "*", exclude: str | S
     Outputs, gradients and statistics are those of before, bit for bit where the same forward gives the same numbers twice; a
     forward more is the price. Random numbers are drawn again as before, and in the second forward norm layers work on copies of
     what they hold, so that each batch moves their statistics once: by themselves, `checkpoint` and the switches of timm and
-    transformers move them twice. Without gradients nothing changes.
+    transformers move them twice. Without gradients nothing changes. In training a causal model of transformers keeps no cache.
 
     A block is the element of a stack of modules (`nn.Sequential`, `nn.ModuleList`) that holds a norm layer, or within a plain
     `nn.Sequential` of single layers as many of them as leave about the square root of their number of pieces.
@@ -137,6 +137,8 @@ def _through(modules: Sequence[Any], value: Any) -> Any:
 
 def _again(name: str, modules: tuple[nn.Module, ...], forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """`forward`, of which only the arguments are kept; as it is where nothing would be kept, or arguments can change."""
+    if torch.is_grad_enabled() and modules[0].training:
+        args, kwargs = tuple(map(_without_cache, args)), {key: _without_cache(value) for key, value in kwargs.items()}
     given = tensors_in((args, kwargs))
     wanted = any(t.requires_grad for t in given) or any(p.requires_grad for m in modules for p in m.parameters())
     if not (torch.is_grad_enabled() and wanted and _plain((args, kwargs))) or torch.compiler.is_compiling():
@@ -147,6 +149,12 @@ def _again(name: str, modules: tuple[nn.Module, ...], forward: Forward, *args: A
     versions = [(ref(t), t._version) for t in given]
     contexts = functools.partial(_contexts, name, modules, versions)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _without_cache(value: Any) -> Any:
+    """None for a cache of transformers that is still empty: in training nobody reads what it would hold."""
+    length = getattr(value, "get_seq_length", None)
+    return None if callable(length) and length() == 0 else value
 
 
 def _plain(value: Any) -> bool:
