@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from renorm.said import Said, say
 
 STRANGE = 12.0  # robust standard deviations of a sample's mean or log spread from those of the last samples: garbage
 UNMOVED, MOVED = 0.05, 0.12  # `moved` at the first sites: JPEG images of CIFAR had 0.04, noisy photographs 0.12
+SMALL = 32  # samples in a batch of which no part is judged alone
 REMEMBERED = 128  # samples whose mean and spread are kept to compare with
 
 
@@ -78,7 +78,7 @@ class Watch:
         self._owed = 0.0
         self._came = 0
         self._forget()
-        self._recent: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+        self._recent: Tensor = torch.zeros(0, 2)  # means and log spreads of the last samples
 
     def _forget(self) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64)  # margins: adapted, source; confidence: adapted, source
@@ -93,8 +93,10 @@ class Watch:
             return torch.arange(samples)
         self._owed += samples * share
         take = max(0, min(samples, int(self._owed)))  # a small batch is taken whole, ahead of what is owed
-        if samples < 16 and take:
-            take = samples  # a part of a small batch costs as much as all of it
+        if samples <= SMALL and take:
+            take = (
+                samples  # a part of a small batch costs nearly as much as all of it, and so all of it once in a while
+            )
         self._owed -= take
         return torch.arange(take) * max(1, samples // max(1, take))
 
@@ -162,9 +164,8 @@ class Watch:
         flat = x.detach().flatten(1).float()
         var, mean = torch.var_mean(flat, 1, correction=0)
         now = torch.stack([mean, 0.5 * (var + 1e-12).log()], 1).cpu()
-        known = torch.tensor(list(self._recent)) if self._recent else now
-        known = torch.cat([known, now])
-        self._recent.extend((float(m), float(s)) for m, s in now.tolist())
+        known = torch.cat([self._recent, now])
+        self._recent = known[-REMEMBERED:]
         if len(known) < 8:
             return torch.zeros(len(now), dtype=torch.bool)
         middle = known.median(0).values
@@ -178,7 +179,7 @@ class Watch:
             "scalars": torch.tensor(
                 [self._count, self._owed, self._against, self.believed, self._came], dtype=torch.float64
             ),
-            "recent": torch.tensor(list(self._recent), dtype=torch.float32).reshape(-1, 2),
+            "recent": self._recent.clone(),
         }
         return found if self._mixes is None else found | {"mixes": self._mixes.clone()}
 
@@ -188,7 +189,15 @@ class Watch:
         self._count, self._owed, against, believed, came = state["scalars"].tolist()
         self._against, self.believed, self._came = int(against), bool(believed), int(came)
         self._mixes = state["mixes"].clone() if "mixes" in state else None
-        self._recent = deque(map(tuple, state["recent"].tolist()), maxlen=REMEMBERED)
+        self._recent = state["recent"].float().reshape(-1, 2).clone()
+
+    def kept(self) -> dict[str, Any]:
+        """What is remembered, for `put_back` to go on from; nothing of it is ever changed in place."""
+        return dict(vars(self))
+
+    def put_back(self, kept: Mapping[str, Any]) -> None:
+        """Remember what `kept` said."""
+        vars(self).update(kept)
 
 
 def limit(guard: Guard, moved: float, *, trains: bool) -> float:

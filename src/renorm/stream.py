@@ -93,14 +93,14 @@ class Stream:
         kept = batch if bool(sound.all()) else _rows(batch, sound.nonzero().flatten(), total)
         if not bool(sound.any()):
             return self._unanswerable(batch, total)
-        remembered = None if self._watch is None else self._watch.state()
+        remembered = None if self._watch is None else self._watch.kept()
         try:
             learnt = self._learnable(kept, int(sound.sum()))
             answer, verdict = self._answered(kept, int(sound.sum()), learnt)
         except BaseException:
             self._running.settle()  # what layers were lent goes with the failure
             if self._watch is not None and remembered is not None:
-                self._watch.load(remembered)
+                self._watch.put_back(remembered)
             raise
         self._steps += 1
         self._act(verdict)
@@ -145,7 +145,7 @@ class Stream:
         """Go on from a state. Raises UsageError, with the stream as it was, for one of another model, method or guard."""
         self._refuse_closed()
         before = self._running.state()
-        remembered = None if self._watch is None else self._watch.state()
+        remembered = None if self._watch is None else self._watch.kept()
         try:
             for name, value in self._identity().items():
                 if not torch.equal(state[name], value):
@@ -156,7 +156,7 @@ class Stream:
         except (KeyError, RuntimeError, ValueError) as error:
             self._running.load(before)
             if self._watch is not None and remembered is not None:
-                self._watch.load(remembered)
+                self._watch.put_back(remembered)
             raise UsageError(
                 f"a state was to be loaded into a stream of {self.method.name!r} on this model, and does not fit it: {error}. "
                 "Load what state_dict() of such a stream gave."
