@@ -4,38 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from renorm.advise import NOISY, STABLE, Advice
+from renorm.advise import NOISY, STABLE, Advice, Item
 from renorm.curve import Curve
-from renorm.report.base import Bar, Block, Curves, Picture, Table, Words
+from renorm.report.base import Bar, Block, Curves, Picture, Table, Words, plainly
 from renorm.report.shifts import name as site_name
-from renorm.said import follow, many, say
+from renorm.said import Said, follow, many, say
 from renorm.timing import Timings
 
 
 def verdict(advice: Advice) -> Words:
-    """The one thing to know: the fastest way, or else the batch size."""
-    by_topic = {str(item.topic): item for item in advice.items}
-    first = by_topic.get("stay with batch norm?", advice.items[0])
+    """The one thing to know: whether to stay with batch norm, or else its kind."""
+    first = _first(advice)
     title = say("{topic} {choice}", topic=first.topic.capitalised(), choice=first.choice)
     samples = many(advice.samples, "{count:,} sample", "{count:,} samples")
-    return Words(follow(first.why, say("Measured on {samples}.", samples=samples)), "good", title)
+    value = plainly(first.value, 3)
+    measured = say("Measured on {samples}: {value} {unit}.", samples=samples, value=value, unit=first.unit)
+    return Words(follow(first.why, measured), "good", title)
 
 
 def blocks(advice: Advice) -> tuple[Block, ...]:
-    """A paragraph for each setting, the curve as picture and table, the timings."""
+    """A paragraph for each other setting, the curve as picture and table, the timings."""
     parts: list[Block] = [
         Words(
-            say("{why}\nMeasured: {value:,.3g} {unit}.", why=item.why, value=item.value, unit=item.unit),
+            say("{why}\n{measured}", why=item.why, measured=_measured(item)),
             "plain",
             say("{topic}: {choice}", topic=item.topic.capitalised(), choice=item.choice),
         )
         for item in advice.items
+        if item is not _first(advice)
     ]
     if advice.curve is not None:
         parts += [*pictures(advice), _curve(advice.curve)]
     if advice.timings is not None:
         parts.append(_timings(advice.timings))
     return tuple(parts)
+
+
+def _first(advice: Advice) -> Item:
+    return next((item for item in advice.items if item.topic == "stay with batch norm?"), advice.items[0])
+
+
+def _measured(item: Item) -> Said:
+    return say("Measured: {value} {unit}.", value=plainly(item.value, 3), unit=item.unit)
 
 
 def pictures(advice: Advice) -> tuple[Picture, ...]:

@@ -156,6 +156,11 @@ def mean(values: Iterable[float]) -> float:
     return sum(finite) / len(finite) if finite else nan
 
 
+def plainly(value: float, digits: int = 2) -> str:
+    """So many digits that count; of larger numbers all those before the point, and no exponent."""
+    return f"{value:,.0f}" if 10**digits <= abs(value) < 1e9 else f"{value:.{digits}g}"
+
+
 def clean(text: str) -> str:
     """`text` without control characters, so that a name in a file can neither steer a terminal nor turn a page around."""
     return "".join(c if c == "\n" or not unicodedata.category(c).startswith("C") else "�" for c in text)

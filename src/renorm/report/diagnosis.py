@@ -10,7 +10,7 @@ from typing import Any
 
 from renorm.doctor import Diagnosis
 from renorm.report import estimates, shifts
-from renorm.report.base import Bar, Block, Picture, Table, Told, Tone, Words
+from renorm.report.base import Bar, Block, Picture, Table, Told, Tone, Words, plainly
 from renorm.report.shifts import name
 from renorm.rules.base import Finding, catalogue
 from renorm.rules.data_shift import DataShift
@@ -154,7 +154,7 @@ def _about(findings: Iterable[Finding]) -> list[Words]:
 
 
 def _where(first: Finding, others: int) -> Said:
-    values = {"site": name(first.site), "value": _plainly(first.value), "unit": first.unit}
+    values = {"site": name(first.site), "value": plainly(first.value), "unit": first.unit}
     if first.limit:
         said = say("Worst at {site}: {value} {unit} (limit {limit:.2g})", limit=first.limit, **values)
     else:
@@ -162,11 +162,6 @@ def _where(first: Finding, others: int) -> Said:
     if others:
         return many(others, "{where}, and {count:,} other site.", "{where}, and {count:,} other sites.", where=said)
     return say("{where}.", where=said)
-
-
-def _plainly(value: float) -> str:
-    """Two digits that count; from a hundred on all those before the point, and no exponent."""
-    return f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.2g}"
 
 
 def _tones(distances: Mapping[str, float], findings: Iterable[Finding]) -> dict[str, Tone]:
