@@ -138,7 +138,7 @@ PLANTS: Mapping[str, Plant] = {
     "images sorted, share": Plant(_sorted, "BN305", (0.0, 0.25, 0.5, 0.75, 1.0), 0.5),
     "images under noise, share": Plant(_noisy, "BN306", (0.0, 0.05, 0.1, 0.2, 0.35, 0.5), 0.2, passes=4),
     "padded steps, share": Plant(_padding, "BN307", (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), 0.2, passes=4),
-    "updates before the stop": Plant(_updates, "BN308", (40.0, 28.0, 20.0, 15.0, 10.0, 5.0), 20.0, passes=2),
+    "updates before the stop": Plant(_updates, "BN308", (40.0, 28.0, 20.0, 15.0, 10.0, 5.0), 20.0, passes=5),
     "one batch of ten multiplied by": Plant(_outlier, "BN309", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 3.0),
     "images in all": Plant(_few, "BN311", (128.0, 64.0, 32.0, 16.0, 8.0, 4.0), 4.0),
 }
