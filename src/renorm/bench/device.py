@@ -164,7 +164,7 @@ class Device(Suite):
 
 
 ABOUT = """\
-Wall-clock time of each way as a multiple of another's in the same cell, whose ways take turns, the least of some turns, the
+To be run with `--device cuda`. Wall-clock time of each way as a multiple of another's in the same cell, whose ways take turns, the least of some turns, the
 device waited for before and after; median over cells with the smallest and the largest. Random weights, random images.
 """
 TITLES = {
