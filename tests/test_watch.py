@@ -18,6 +18,7 @@ from renorm import callbacks
 from renorm.doctor import diagnose
 from renorm.errors import UsageError
 from renorm.freeze import freeze_
+from renorm.layers import BNGRU, BNLSTM
 from renorm.loop import optimizers_in
 from renorm.rules.base import Finding
 from renorm.sites import find_sites
@@ -267,6 +268,31 @@ def test_a_shared_layer_is_found_in_a_loop_and_on_a_batch() -> None:
     assert [(f.rule, f.site, f.value) for f in watching.findings] == [("BN410", "norm", 2.0)]
     found = [f for f in diagnose(model.eval(), [images(32)]).findings if f.rule == "BN410"]
     assert [(f.site, f.value) for f in found] == [("norm", 2.0)]
+
+
+@pytest.mark.parametrize("network", [BNLSTM, BNGRU])
+def test_a_norm_over_time_is_not_shared_but_beyond_the_steps_it_knows(network: Any) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = network(3, 8, steps=6, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0][:, -1])
+
+    model = Reader().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch(model, optimizer) as watching:
+        for seed in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images(16, seed=seed)[:, 0, :, :3]), torch.arange(16) % 3).backward()
+            optimizer.step()
+    assert "BN410" not in rules(watching)
+    model.eval()
+    assert not [f for f in diagnose(model, [torch.randn(32, 6, 3)]).findings if f.rule == "BN410"]
+    (found,) = [f for f in diagnose(model, [torch.randn(32, 9, 3)]).findings if f.rule == "BN410"]
+    assert (found.site, found.value) == ("rnn.input@5", 4.0)
+    assert "longer than the steps that have statistics of their own" in found.message
 
 
 @pytest.mark.parametrize("how", ["eval", "affine", "held", "converted"])

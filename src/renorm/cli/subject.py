@@ -182,7 +182,13 @@ def recorded(model: Model, dataset: Dataset | None) -> dict[str, Any]:
 
 def notes(*opened: Model | Dataset | None) -> tuple[str, ...]:
     """What was said while opening: how pixels became input, what was loaded or left out; the same thing once."""
-    said = [
-        say("{name}: {note}", name=each.spec, note=note) for each in opened if each is not None for note in each.notes
+    from renorm.models import Model
+
+    table = any(not isinstance(each, Model) and each is not None and each.columns is not None for each in opened)
+    told = [
+        say("{name}: {note}", name=each.spec, note=note)
+        for each in opened
+        if each is not None
+        for note in (each.doubts if table and isinstance(each, Model) else each.notes)  # a table has no pixels
     ]
-    return tuple(dict.fromkeys(said))
+    return tuple(dict.fromkeys(told))

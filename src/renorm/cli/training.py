@@ -171,6 +171,7 @@ def _constant(remembered: Mapping[str, Any]) -> tuple[str, ...]:
     from renorm.said import say, some
 
     found = remembered.get("columns")
-    names = [name for name, var in zip(found["names"], found["var"], strict=True) if var == 0] if found else []
+    lie = zip(found["names"], found["mean"], found["var"], strict=True) if found else ()
+    names = [name for name, mean, var in lie if var <= (1e-12 * mean) ** 2]  # sums of many batches leave rounding behind
     told = say("columns with one value in all rows, which tells the model nothing: {some}", some=some(names))
     return (told,) if names else ()
