@@ -46,6 +46,26 @@ class Reader(nn.Module):
         x = self.norm(self.convolution(self.embedding(input_ids).transpose(1, 2)), mask=mask)
         return self.head((x.relu() * mask[:, None]).amax(2))
 
+class Recurrent(Reader):
+    def __init__(self):
+        super().__init__()
+        del self.convolution, self.norm
+        self.rnn = layers.BNLSTM(8, 4, steps=6, batch_first=True, bidirectional=True)
+
+    def forward(self, input_ids, mask):
+        output, _ = self.rnn(self.embedding(input_ids), lengths=mask.sum(1))
+        return self.head(output.sum(1) / mask.sum(1, keepdim=True))
+
+class Encoder(Reader):
+    def __init__(self):
+        super().__init__()
+        del self.convolution, self.norm
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, input_ids, mask):
+        x = self.encoder(self.embedding(input_ids), src_key_padding_mask=~mask)
+        return self.head((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
 reader = Reader
 """
 
@@ -87,6 +107,47 @@ def test_every_verb_reads_texts_from_a_table(folder: Path, capsys: pytest.Captur
         assert not out or (folder / out).exists()
         if verb == "evaluate":
             assert all(name in said.out for name in ("book", "film", "pan"))
+
+
+def test_a_recurrent_reader_goes_through_every_verb_step_by_step(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts of two to six words: a place for each step that was reached, and padding counts for none."""
+    about = (*ABOUT, "--batch-size", "16", "--quiet")
+    assert main(["pretrain", "reader.py:Recurrent", "reviews.csv.gz", *about, "--epochs", "2", "-o", "a.safetensors"]) == 0
+    for verb, more in (
+        ("evaluate", ()),
+        ("observe", ("-o", "seen.safetensors")),
+        ("recalibrate", ("-o", "mended.safetensors")),
+        ("finetune", ("--epochs", "1", "-o", "tuned.safetensors")),
+        ("doctor", ("--fail-on", "never")),
+    ):
+        code = main([verb, "reader.py:Recurrent", "reviews.csv.gz", *about, "--checkpoint", "a.safetensors", *more])
+        said = capsys.readouterr()
+        assert code == 0, (verb, said.out, said.err)
+        assert "Shared between places" not in said.out
+    seen = renorm.Observation.load(folder / "seen.safetensors")
+    assert {name.split("@")[0] for name in seen} == {
+        f"rnn.{norm}{end}" for norm in ("input", "hidden", "cell") for end in ("", "_reverse")
+    }
+    counts = [seen[f"rnn.input@{step}"].values.count for step in range(3)]
+    assert counts[0] == counts[1] == counts[2] == seen.samples
+
+
+def test_layer_norms_are_tuned_alone_and_kept_as_an_adapter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = ("reader.py:Encoder", "reviews.csv.gz", *ABOUT, "--batch-size", "16", "--quiet")
+    assert main(["pretrain", *about, "--epochs", "1", "-o", "base.safetensors"]) == 0
+    kept = ("--checkpoint", "base.safetensors", "--policy", "affine-only", "--head", "keep", "--epochs", "2")
+    assert main(["finetune", *about, *kept, "-o", "tuned.safetensors"]) == 0
+    assert main(["recalibrate", *about, "--checkpoint", "base.safetensors", "-o", "no.safetensors"]) == 2
+    assert "Encoder has none (it has 2 norm layers of kind layer)" in " ".join(capsys.readouterr().err.split())
+    base, tuned = (open_model("reader.py:Encoder", checkpoint=f"{name}.safetensors").module for name in ("base", "tuned"))
+    moved = {name for name, value in base.state_dict().items() if not torch.equal(value, tuned.state_dict()[name])}
+    assert moved == {f"encoder.norm{k}.{part}" for k in (1, 2) for part in ("weight", "bias")}
+    renorm.save_adapter(tuned, "kitchen.safetensors")
+    renorm.load_adapter_(base, "kitchen.safetensors")
+    inputs = base.tokenize(["good book", "bad pan pan"])  # type: ignore[operator]
+    assert torch.equal(base(**inputs), tuned(**inputs))
 
 
 def test_padding_moves_no_moments_where_a_mask_is_given(folder: Path) -> None:
