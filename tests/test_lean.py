@@ -210,7 +210,7 @@ def test_copies_and_pickles_are_lean_too() -> None:
     whole = kept_bytes(model, x)
     lean_(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.layer1[0].forward.args[1][0] is other.layer1[0]
+        assert other.layer1[0].forward.args[0].module is other.layer1[0]
         assert kept_bytes(other, x) < 0.6 * whole
 
 
@@ -267,6 +267,16 @@ def test_the_empty_cache_of_a_causal_model_stands_in_no_ones_way() -> None:
     with torch.no_grad():
         kept = other.eval()(input_ids=tokens, use_cache=True).past_key_values
     assert kept.get_seq_length() == 6, "in evaluation it is filled as ever"
+
+
+def test_a_layer_that_was_put_in_later_moves_once_too() -> None:
+    model, x = Deep(2).train(), torch.randn(*IMAGES)
+    lean_(model)
+    torch.autograd.backward(model(x).sum())
+    block = model.layer1[0]
+    block.bn1 = nn.BatchNorm2d(8)
+    torch.autograd.backward(model(x).sum())
+    assert block.bn1.num_batches_tracked == 1
 
 
 def test_an_input_that_was_changed_since_is_refused() -> None:

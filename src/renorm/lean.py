@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -69,6 +69,21 @@ class Piece:
     module: nn.Module
     first: int = 0
     last: int = 0
+    _looked: list[nn.Module] = field(default_factory=list, repr=False, compare=False)
+    _norms: list[nn.Module] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The modules in the order in which they run; one that stands twice is run twice."""
+        return [c for c in self.module._modules.values() if c][self.first : self.last] if self.last else [self.module]
+
+    def norms(self) -> list[nn.Module]:
+        """Its norm layers, with what is below them; looked for again where other modules have been put in."""
+        now = [module for part in self.parts for module in part.modules()]
+        if len(now) != len(self._looked) or any(a is not b for a, b in zip(now, self._looked, strict=True)):
+            self._looked[:] = now
+            self._norms[:] = {m: None for part in self.parts for s in find_sites(part) for _, m in walk(s.module)}
+        return self._norms
 
 
 class Lean:
@@ -93,7 +108,7 @@ class Lean:
                 module.__dict__["forward"] = functools.partial(_by_runs, module, tuple(parts))
             else:
                 forward = module.__dict__.get("forward") or functools.partial(type(module).forward, module)
-                module.__dict__["forward"] = functools.partial(_again, parts[0].name, (module,), forward)
+                module.__dict__["forward"] = functools.partial(_again, parts[0], forward)
 
     @property
     def is_open(self) -> bool:
@@ -117,14 +132,14 @@ class Lean:
 
 def _by_runs(owner: nn.Module, runs: Sequence[Piece], value: Any) -> Any:
     """The forward of an `nn.Sequential`, of which `runs` are computed again."""
-    children = [child for child in owner._modules.values() if child is not None]  # one that stands twice is run twice
+    children = [child for child in owner._modules.values() if child is not None]
     starts = {run.first: run for run in runs}
     place = 0
     while place < len(children):
         run = starts.get(place)
-        part = children[run.first : run.last] if run else children[place : place + 1]
+        part = run.parts if run else children[place : place + 1]
         forward = functools.partial(_through, part)
-        value = _again(run.name, tuple(part), forward, value) if run else forward(value)
+        value = _again(run, forward, value) if run else forward(value)
         place += len(part)
     return value
 
@@ -135,19 +150,21 @@ def _through(modules: Sequence[Any], value: Any) -> Any:
     return value
 
 
-def _again(name: str, modules: tuple[nn.Module, ...], forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _again(piece: Piece, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """`forward`, of which only the arguments are kept; as it is where nothing would be kept, or arguments can change."""
-    if torch.is_grad_enabled() and modules[0].training:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    if piece.module.training:
         args, kwargs = tuple(map(_without_cache, args)), {key: _without_cache(value) for key, value in kwargs.items()}
     given = tensors_in((args, kwargs))
-    wanted = any(t.requires_grad for t in given) or any(p.requires_grad for m in modules for p in m.parameters())
-    if not (torch.is_grad_enabled() and wanted and _plain((args, kwargs))) or torch.compiler.is_compiling():
+    wanted = any(t.requires_grad for t in given) or any(p.requires_grad for m in piece.parts for p in m.parameters())
+    if not (wanted and _plain((args, kwargs))):
         return forward(*args, **kwargs)
     # lists of its own: dense networks append to the one that they gave
     args, kwargs = map_tensors(lambda tensor: tensor, (args, kwargs))
     # not the tensors themselves: whoever keeps them elsewhere meanwhile, by hooks on what is saved, is to have the room
     versions = [(ref(t), t._version) for t in given]
-    contexts = functools.partial(_contexts, name, modules, versions)
+    contexts = functools.partial(_contexts, piece, versions)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
@@ -169,22 +186,19 @@ def _plain(value: Any) -> bool:
 Versions = Sequence[tuple[ref[Tensor], int]]
 
 
-def _contexts(
-    name: str, modules: tuple[nn.Module, ...], versions: Versions
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _a_second_time(name, modules, versions)
+def _contexts(piece: Piece, versions: Versions) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _a_second_time(piece, versions)
 
 
 @contextmanager
-def _a_second_time(name: str, modules: tuple[nn.Module, ...], versions: Versions) -> Iterator[None]:
+def _a_second_time(piece: Piece, versions: Versions) -> Iterator[None]:
     """Inside, norm layers in training write to copies of their buffers: each batch moves statistics once."""
     if any(tensor._version != version for held, version in versions if (tensor := held()) is not None):
         raise UsageError(
-            f"the block {name!r} was to be run again, and its input was changed in place since it ran; leave it out with "
+            f"the block {piece.name!r} was to be run again, and its input was changed in place since it ran; leave it out with "
             "lean_(model, exclude=…)."
         )
-    norms = {site.module: None for part in modules for site in find_sites(part) if site.module.training}
-    held = [(module._buffers, dict(module._buffers)) for norm in norms for _, module in walk(norm)]
+    held = [(module._buffers, dict(module._buffers)) for module in piece.norms() if module.training and module._buffers]
     for buffers, values in held:
         buffers.update({key: None if value is None else _lent(value) for key, value in values.items()})
     try:
