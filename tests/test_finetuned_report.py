@@ -15,6 +15,7 @@ from renorm.finetune import finetune_, training
 from renorm.recipe import Recipe
 from renorm.report import classes, finetuned, terminal
 from renorm.report.base import Bar, Lines, Matrix, Report, Table, Words
+from renorm.report.pictures import figure, svg
 from renorm.shift import Shift
 from renorm.sites import find_sites
 from tests.reference.confusion import confusion as counted
@@ -190,3 +191,11 @@ def test_the_terminal_tells_the_classes(run: tuple[FineTuned, list[tuple[int, fl
     assert "Classes on val, worst first" in out.getvalue()
     assert finetuned.result(result, names=NAMES)["classes"][2]["class"] == "cat"
     assert set(finetuned.result(result)["history"][0]["drift"]) == {"1", "4"}
+
+
+@pytest.mark.parametrize("ends", [(69.0, 81.6667), (0.8, 1.8), (1234.0, 5678.0)])
+def test_numbers_of_any_width_leave_the_label_beside_them_whole(ends: tuple[float, float]) -> None:
+    drawn = figure([Lines("", items=(("a", "plain", ((0, ends[0]), (72, ends[1]))),), across="step", up="accuracy, %")])
+    for _ in range(2):  # whatever was drawn before
+        svg(drawn)
+        assert drawn.axes[0].yaxis.label.get_window_extent().x0 > -3

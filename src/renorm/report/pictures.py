@@ -78,8 +78,6 @@ def figure(pictures: Sequence[Picture], *, titles: bool = True) -> Figure:
             if titles:
                 part.suptitle(_label(picture.title), x=0.02, ha="left", size=11, weight="bold")
             _draw(picture, part)
-        # once for the layout: which ticks there are, and so how wide their numbers, is known after a first one only
-        made.draw_without_rendering()
     return made
 
 
@@ -288,6 +286,8 @@ def _lines(picture: Lines, axes: Axes) -> None:
     if len(picture.items) > 1:
         axes.legend(frameon=False, fontsize=11, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, borderpad=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    # a number of ticks of its own: by default they follow the height, which follows the width of their numbers
+    axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.tick_params(length=0)
     axes.grid(axis="y", color=COLOURS["rule"], linewidth=0.6)
     axes.set_axisbelow(True)
