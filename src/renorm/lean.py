@@ -50,7 +50,7 @@ def lean_(model: nn.Module, include: str | Sequence[str] = "*", exclude: str | S
         why = f": {next(iter(kept))!r} {next(iter(kept.values()))}" if kept else ""
         raise UsageError(
             f"lean_ runs blocks again, and {type(inner).__name__} is not made of blocks with norm layers{why}. Put them into "
-            "an nn.Sequential, or train it as it is."
+            'an nn.Sequential, or train it as it is: memory="normal".'
         )
     chosen = {piece.name for piece in select(pieces, include=include, exclude=exclude)}
     if not chosen:
@@ -93,7 +93,7 @@ class Lean:
     kept     {name: why a block is not among them}
     """
 
-    label = "lean_"
+    label: str = "lean_"
 
     def __init__(self, pieces: Sequence[Piece], kept: Mapping[str, str]) -> None:
         self.blocks: tuple[str, ...] = tuple(piece.name for piece in pieces)

@@ -19,7 +19,8 @@ from time import perf_counter, time
 
 from renorm.bench.base import Cell, Row, Size, Suite, catalogue
 from renorm.bench.store import Store
-from renorm.errors import UnknownName, UsageError
+from renorm.errors import MissingExtra, UnknownName, UsageError
+from renorm.log import LOGGER
 
 __all__ = ["CellDone", "Event", "Finished", "Started", "open_suite", "run_suite"]
 
@@ -80,6 +81,8 @@ def run_suite(
     cell is begun after so many `minutes`: 0 writes the table of what is known. Rows of several machines may be put into one
     file; of two for one cell the later counts.
 
+    A cell whose peer is not installed is left out.
+
     Raises:
         UsageError: `processes` is below 1, or above 1 for a suite that measures time; `minutes` is below 0.
         Exception: what the first cell that failed had raised, after all others have run and the table is written.
@@ -102,6 +105,10 @@ def run_suite(
     report = Path(out) / f"{suite.name}.md"
     text = _header(suite, rows, processes) + "\n" + _so_far(len(rows), len(cells)) + suite.table(rows).rstrip() + "\n"
     _write(report, text)
+    lacking = {error.package for error in failures if isinstance(error, MissingExtra)}
+    if lacking:
+        LOGGER.warning("cells that need %s, which is not installed, were left out", ", ".join(sorted(lacking)))
+    failures = [error for error in failures if not isinstance(error, MissingExtra)]
     if failures:
         failures[0].add_note(f"renorm: {len(failures)} of {len(cells)} cells failed; the rows of the others are kept.")
         raise failures[0]

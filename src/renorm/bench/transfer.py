@@ -69,7 +69,9 @@ PEERS: dict[str, Way] = {
     "plain": lambda job: transfer_peers.plain(job.model, job.train, **job.told, still=False),
     "plain, BN in eval": lambda job: transfer_peers.plain(job.model, job.train, **job.told, still=True),
     "Lightning": lambda job: transfer_peers.backbone_finetuning(job.model, job.train, **job.told),
+    "fastai": lambda job: transfer_peers.fine_tune(job.model, job.train, **job.told),
 }
+QUICK = ("plain", "plain, BN in eval", "Lightning")  # peers on large networks in the quick size
 NAMES = ("all", "frozen-statistics", "recalibrate-then-freeze", "affine-and-head", "head-only", "few-labels")
 WAYS: dict[str, Way] = {
     **PEERS,
@@ -111,7 +113,7 @@ class Transfer(Suite):
         for task, told in TASKS.items():
             ways = {FEW: (*PEERS, "auto", *NAMES), 0.05: ("plain", "auto", *NAMES)}
             if not told.near:
-                ways = {FEW: (*PEERS, "auto")} | ({0.05: ("plain", "auto")} if task in FEWER else {})
+                ways = {FEW: (*QUICK, "auto")} | ({0.05: ("plain", "auto")} if task in FEWER else {})
             if task == "usps in one frame":
                 del ways[0.05]
             for share, some in ways.items():

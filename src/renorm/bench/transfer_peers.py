@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from renorm.heads import new_head_
 from renorm.sites import find_sites
 from renorm.split import split
 
-__all__ = ["backbone_finetuning", "plain"]
+__all__ = ["backbone_finetuning", "fine_tune", "plain"]
 
 RATE = 1e-3  # Adam's default, as scripts leave it
 
@@ -90,9 +91,41 @@ def backbone_finetuning(model: nn.Module, train: Labelled, *, classes: int, epoc
     model.to(device).eval()  # the trainer brings it back to the processor
 
 
+def fine_tune(model: nn.Module, train: Labelled, *, classes: int, epochs: int, batch: int, seed: int) -> None:
+    """fastai's `fine_tune`: one epoch for the head, then all layers at rates that differ by depth, each by one cycle.
+
+    Its own defaults otherwise; what it would validate on is one batch of the training data, and decides nothing.
+
+    Raises:
+        MissingExtra: fastai is not installed.
+    """
+    with _quiet():
+        learner = require("fastai.learner", extra="fastai", purpose="comparing with fastai")
+        loaders = require("fastai.data.all", extra="fastai", purpose="comparing with fastai")
+        require("fastai.callback.schedule", extra="fastai", purpose="comparing with fastai")  # gives learners fine_tune
+    torch.manual_seed(seed)
+    random.seed(seed)  # by which its loaders shuffle
+    names = new_head_(model, split(model), classes).names
+    head = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+
+    def groups(net: nn.Module) -> list[list[nn.Parameter]]:
+        return [[p for p in net.parameters() if (id(p) in head) is last] for last in (False, True)]
+
+    data, device = TensorDataset(*train), train.inputs.device
+    # no worker processes: the tensors lie in memory, on a GPU perhaps
+    fed = loaders.DataLoader(data, bs=batch, shuffle=True, num_workers=0, drop_last=len(train.labels) % batch == 1)
+    looked = loaders.DataLoader(TensorDataset(*train.first(batch)), bs=batch, num_workers=0)
+    tuned = learner.Learner(
+        loaders.DataLoaders(fed, looked, device=device), model, loss_func=F.cross_entropy, splitter=groups
+    )
+    with _quiet(), tuned.no_bar(), tuned.no_logging():
+        tuned.fine_tune(epochs - 1)
+    model.to(device).eval()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's advice on workers and hardware."""
+    """Without Lightning's advice on workers and hardware, and without anybody's warnings."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -18,8 +18,8 @@ two batches of measurements, one for digits trained on mnist15k by the loop of `
 (tinyimagenet20, pacs3 and pneumoniamnist at their own size), MobileNetV1-0.25 (pacs3 at 96²). All ways see the same samples
 equally often, in batches of 32, for at least 100 steps and 5 epochs, and all begin with a new head. *plain* is the script that
 people write (Adam at 0.001, `train()`), *plain, BN in eval* the same with its batch norms in evaluation, *Lightning* its
-`BackboneFinetuning`, with the backbone from a third of the epochs on. fastai's `fine_tune` is not among them: it brings
-forty packages, among them a web server and spaCy. The rate of "auto" was set on tinyimagenet20 at 15 %, seed 0, and the rule
+`BackboneFinetuning`, with the backbone from a third of the epochs on, *fastai* its `fine_tune`, whose default rate wants more
+steps than these. The rate of "auto" was set on tinyimagenet20 at 15 %, seed 0, and the rule
 by which it chooses a policy after looking at the rows of the other policies: its own rows are not independent of that.
 
 Of two targets on adapters the reasons are known. A norm layer has four numbers a channel, the layer before it as many weights a
