@@ -23,10 +23,11 @@ steps than these. The rate of "auto" was set on tinyimagenet20 at 15 %, seed 0, 
 by which it chooses a policy after looking at the rows of the other policies: its own rows are not independent of that.
 
 Of two targets on adapters the reasons are known. A norm layer has four numbers a channel, the layer before it as many weights a
-channel as it has inputs: with fewer than about 130 inputs the norm part is above 3 % whatever is trained, and the network for
-gas has 64 and 128. USPS has the digits of MNIST, but they fill the whole frame: features have to learn another size, which no
-scale and shift of channels gives them; on the gases, whose sensors drift, norm layers are enough. The near domain is *usps in
-one frame*, whose network learnt digits of MNIST that were cut to fill the frame as well; the target is told with either.
+channel as it has inputs: with fewer than about 130 inputs the norm part is above 3 % whatever is trained; the network for gas
+has 64 and 128, and MobileNet's depthwise convolutions have nine. USPS has the digits of MNIST, but they fill the whole frame:
+features have to learn another size, which no scale and shift of channels gives them; on the gases, whose sensors drift, norm
+layers are enough. The near domain is *usps in one frame*, whose network learnt digits of MNIST that were cut to fill the frame
+as well; the target is told with either.
 """
 FEW = 0.15  # the target speaks of shares of labels up to this
 POLICIES = ("all", "frozen-statistics", "recalibrate-then-freeze", "affine-and-head", "head-only", "few-labels")
