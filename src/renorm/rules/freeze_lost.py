@@ -37,10 +37,12 @@ class FreezeLost(Rule):
                     max(lost.values()), "update of a layer that stood still", "updates of a layer that stood still"
                 ),
                 limit=0.0,
-                message=say(
+                message=many(
+                    len(lost),
+                    "{count} batch norm that stood still when the loop began has moved since: train() puts a layer in eval() "
+                    "back into training, and converters make new layers.",
                     "{count} batch norms that stood still when the loop began have moved since: train() puts a layer in eval() "
                     "back into training, and converters make new layers.",
-                    count=len(lost),
                 ),
                 advice=say(
                     "Freeze with renorm.freeze_(model), which train() does not undo, after the last conversion of the model."

@@ -12,7 +12,7 @@ from renorm.freeze import holds_statistics
 from renorm.mend import writing
 from renorm.moments import Moments, as_float64
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,12 @@ class FrozenMoved(Rule):
                 value=moved[worst],
                 unit=say("source sd that a mean has moved by"),
                 limit=0.0,
-                message=say(
+                message=many(
+                    len(moved),
+                    "Weight and bias are frozen and those of the checkpoint, but the statistics of {count} layer are not: "
+                    "they moved in training.",
                     "Weight and bias are frozen and those of the checkpoint, but the statistics of {count} layers are not: "
                     "they moved in training.",
-                    count=len(moved),
                 ),
                 advice=say(
                     "Put the checkpoint's statistics back (the doctor's fix), and freeze with renorm.freeze_(model)."

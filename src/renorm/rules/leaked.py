@@ -40,10 +40,12 @@ class Leaked(Rule):
                     "updates without gradients or in validation",
                 ),
                 limit=0.0,
-                message=say(
+                message=many(
+                    len(student),
+                    "The statistics of {count} batch norm moved under no_grad or in validation: no_grad does not hold them, "
+                    "and validation data leaks into the model.",
                     "The statistics of {count} batch norms moved under no_grad or in validation: no_grad does not hold them, "
                     "and validation data leaks into the model.",
-                    count=len(student),
                 ),
                 advice=say("Call model.eval() before validation and model.train() after it."),
             )
@@ -59,10 +61,12 @@ class Leaked(Rule):
                     "updates without gradients or in validation",
                 ),
                 limit=0.0,
-                message=say(
+                message=many(
+                    len(teacher),
+                    "{count} batch norm that nothing trains (of a teacher, a target or momentum encoder) moves its statistics "
+                    "under no_grad.",
                     "{count} batch norms that nothing trains (a teacher, a target or momentum encoder) move their statistics "
                     "under no_grad.",
-                    count=len(teacher),
                 ),
                 advice=say("Put the teacher into evaluation, for good: renorm.freeze_(teacher)."),
                 fix_=holding(teacher),

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from renorm.mend import slowing
 from renorm.rules.base import Facts, Finding, Rule
-from renorm.said import say
+from renorm.said import many, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,12 @@ class SeveralUpdates(Rule):
                 value=float(several),
                 unit=say("updates for each step of the optimiser"),
                 limit=1.0,
-                message=say(
+                message=many(
+                    len(names),
+                    "The statistics of {count} batch norm move {several} times a step (gradient accumulation, several views, "
+                    "or real and fake batches): each batch is normalised by itself, and the old ones are forgotten faster.",
                     "The statistics of {count} batch norms move {several} times a step (gradient accumulation, several views, "
                     "or real and fake batches): each batch is normalised by itself, and the old ones are forgotten faster.",
-                    count=len(names),
                     several=several,
                 ),
                 advice=say(

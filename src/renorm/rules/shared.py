@@ -31,8 +31,8 @@ class Shared(Rule):
             yield self._finding(
                 shared,
                 message=say(
-                    "One forward calls this layer several times ({count} such layers): in training each call normalises by its "
-                    "own input, in evaluation all share one mean and variance, which fit none of them.",
+                    "One forward calls this layer several times (such layers: {count}): in training each call normalises by "
+                    "its own input, in evaluation all share one mean and variance, which fit none of them.",
                     count=len(shared),
                 ),
                 advice=say("Give each place a layer of its own; weights may stay shared, statistics may not."),

@@ -34,7 +34,7 @@ class UpdatedTwice(Rule):
                 unit=say("updates for each forward"),
                 limit=1.0,
                 message=say(
-                    "Activation checkpointing runs this layer again in the backward ({count} layers in all), and its "
+                    "Activation checkpointing runs this layer again in the backward ({count} in all), and its "
                     "statistics take each batch twice.",
                     count=len(twice),
                 ),
