@@ -114,7 +114,9 @@ def test_a_recurrent_reader_goes_through_every_verb_step_by_step(
 ) -> None:
     """Texts of two to six words: a place for each step that was reached, and padding counts for none."""
     about = (*ABOUT, "--batch-size", "16", "--quiet")
-    assert main(["pretrain", "reader.py:Recurrent", "reviews.csv.gz", *about, "--epochs", "2", "-o", "a.safetensors"]) == 0
+    assert (
+        main(["pretrain", "reader.py:Recurrent", "reviews.csv.gz", *about, "--epochs", "2", "-o", "a.safetensors"]) == 0
+    )
     for verb, more in (
         ("evaluate", ()),
         ("observe", ("-o", "seen.safetensors")),
@@ -141,7 +143,9 @@ def test_layer_norms_are_tuned_alone_and_kept_as_an_adapter(folder: Path, capsys
     assert main(["finetune", *about, *kept, "-o", "tuned.safetensors"]) == 0
     assert main(["recalibrate", *about, "--checkpoint", "base.safetensors", "-o", "no.safetensors"]) == 2
     assert "Encoder has none (it has 2 norm layers of kind layer)" in " ".join(capsys.readouterr().err.split())
-    base, tuned = (open_model("reader.py:Encoder", checkpoint=f"{name}.safetensors").module for name in ("base", "tuned"))
+    base, tuned = (
+        open_model("reader.py:Encoder", checkpoint=f"{name}.safetensors").module for name in ("base", "tuned")
+    )
     moved = {name for name, value in base.state_dict().items() if not torch.equal(value, tuned.state_dict()[name])}
     assert moved == {f"encoder.norm{k}.{part}" for k in (1, 2) for part in ("weight", "bias")}
     renorm.save_adapter(tuned, "kitchen.safetensors")

@@ -172,6 +172,8 @@ def _constant(remembered: Mapping[str, Any]) -> tuple[str, ...]:
 
     found = remembered.get("columns")
     lie = zip(found["names"], found["mean"], found["var"], strict=True) if found else ()
-    names = [name for name, mean, var in lie if var <= (1e-12 * mean) ** 2]  # sums of many batches leave rounding behind
+    names = [
+        name for name, mean, var in lie if var <= (1e-12 * mean) ** 2
+    ]  # sums of many batches leave rounding behind
     told = say("columns with one value in all rows, which tells the model nothing: {some}", some=some(names))
     return (told,) if names else ()

@@ -41,8 +41,8 @@ class Shared(Rule):
             yield self._finding(
                 late,
                 message=say(
-                    "Sequences are longer than the steps that have statistics of their own ({count} such norms): all steps from "
-                    "this one on share its statistics.",
+                    "Sequences are longer than the steps that have statistics of their own ({count} such norms): all steps "
+                    "from this one on share its statistics.",
                     count=len(late),
                 ),
                 advice=say("Train on sequences as long as these, with steps= no less than their length; or cut them."),

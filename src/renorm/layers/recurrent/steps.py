@@ -205,8 +205,8 @@ class StepNorm(nn.Module):
     def _at(self, x: Tensor, passing: Passing, step: int) -> Tensor:
         if x.shape[1:] != self.weight.shape:
             raise BatchError(f"StepNorm has {self.num_features} channels, and was given the shape {tuple(x.shape)}.")
-        if passing.scale is not None and passing.shift is not None and x.dtype == passing.scale.dtype:
-            return torch.addcmul(passing.shift[step], x, passing.scale[step])
+        if passing.scale is not None and passing.shift is not None:
+            return torch.addcmul(passing.shift[step], x.to(passing.scale.dtype), passing.scale[step]).to(x.dtype)
         y = self._measured(x, passing, step) if self.training and len(x) > 1 else self._held(x, passing, step)
         return y if passing.plus is None else y + passing.plus
 
