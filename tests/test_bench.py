@@ -141,6 +141,16 @@ def test_the_report_says_how_it_was_made_and_nothing_about_this_machine(squares:
     assert str(tmp_path) not in finished.text
 
 
+def test_a_quick_run_leaves_the_table_of_a_full_one(squares: Squares, tmp_path: Path) -> None:
+    names = [
+        list(run_suite(Squares(data=tmp_path, size=size), out=tmp_path, processes=1))[-1].report.name
+        for size in ("quick", "full", "quick", "full")
+    ]
+    assert names == ["squares.md", "squares.md", "squares-quick.md", "squares.md"]
+    assert "--size full" in (tmp_path / "squares.md").read_text()
+    assert "--size quick" in (tmp_path / "squares-quick.md").read_text()
+
+
 def test_two_processes_give_the_rows_of_one(tmp_path: Path) -> None:
     finished = list(run_suite(Squares(data=tmp_path), out=tmp_path, processes=2))[-1]
     assert isinstance(finished, Finished)

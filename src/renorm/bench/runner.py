@@ -74,7 +74,7 @@ def open_suite(name: str, *, data: str | Path, size: Size = "quick", seeds: int 
 def run_suite(
     suite: Suite, *, out: str | Path = RESULTS, processes: int | None = None, minutes: float | None = None
 ) -> Iterator[Event]:
-    """Run the cells of `suite` that no earlier run has finished, then write `<out>/<suite>.md`.
+    """Run the cells of `suite` that no earlier run has finished, then write `<out>/<suite>.md` (or `<suite>-quick.md`).
 
     Rows go to `<out>/<suite>-<size>.jsonl` as they come: stop at any moment and the next run goes on there. Cells run in
     so many `processes` of one torch thread each, by default one per core; a suite that measures time runs here, alone. No
@@ -102,7 +102,7 @@ def run_suite(
         done += 1
         yield CellDone(row, len(cells), done)
     rows = store.rows(cells)
-    report = Path(out) / f"{suite.name}.md"
+    report = _report(suite, Path(out))
     text = _header(suite, rows, processes) + "\n" + _so_far(len(rows), len(cells)) + suite.table(rows).rstrip() + "\n"
     _write(report, text)
     lacking = {error.package for error in failures if isinstance(error, MissingExtra)}
@@ -113,6 +113,13 @@ def run_suite(
         failures[0].add_note(f"renorm: {len(failures)} of {len(cells)} cells failed; the rows of the others are kept.")
         raise failures[0]
     yield Finished(report, text)
+
+
+def _report(suite: Suite, out: Path) -> Path:
+    """Where the table goes: one of `full` stays where it is when `quick` is run again."""
+    report = out / f"{suite.name}.md"
+    fuller = suite.size == "quick" and report.exists() and " --size full " in report.read_text(encoding="utf-8")[:1000]
+    return out / f"{suite.name}-quick.md" if fuller else report
 
 
 def _so_far(known: int, total: int) -> str:
