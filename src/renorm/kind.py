@@ -32,6 +32,8 @@ VALUES = (0.025, 0.06)
 CLASSES = 0.33
 EVENED = 1.3  # plain re-estimation evens classes out: what it still shows counts this much more
 CONTENT = 0.8
+# Values that moved cost sureness too: for each doubling of them beyond twice their limit so much less of it is wanted.
+FADES = 0.12
 SLOPE = 3.0
 DOUBT = 0.5  # of what is said about classes where the values moved too: each hides the other
 
@@ -113,7 +115,10 @@ def kind(found: Traces) -> Kind:
     classes = _odds(found.classes / CLASSES, 2 * SLOPE)
     if values > 0.5:
         classes = 0.5 + (classes - 0.5) * DOUBT
-    content = 0.0 if found.sure is None else _odds(CONTENT / max(found.sure, TINY), 8 * SLOPE)
+    content = 0.0
+    if found.sure is not None:
+        faded = 1 - FADES * max(0.0, math.log2(max(found.values, TINY) / (2 * found.limit)))
+        content = _odds(CONTENT * max(faded, TINY) / max(found.sure, TINY), 8 * SLOPE)
     likely: dict[KindName, float] = {
         "none": (1 - values) * (1 - classes) * (1 - content),
         "covariate": values * (1 - classes) * (1 - content),
