@@ -34,6 +34,8 @@ FIT = 0.97  # as sure as at home, all but
         (Traces(0.005, 0.8, FIT), "label"),
         (Traces(0.3, 0.8, FIT), "covariate and label"),
         (Traces(0.3, 0.2, 0.6), "content"),
+        (Traces(0.04, 0.2, 0.73), "content"),
+        (Traces(0.3, 0.2, 0.76), "covariate"),  # what moved explains some of it
         (Traces(0.01, 0.1, None), "none"),
         (Traces(0.5, 0.1, None), "covariate"),
         (Traces(0.01, 0.8, None), "label"),

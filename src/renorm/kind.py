@@ -32,10 +32,9 @@ VALUES = (0.025, 0.06)
 CLASSES = 0.33
 EVENED = 1.3  # plain re-estimation evens classes out: what it still shows counts this much more
 CONTENT = 0.8
-# Values that moved cost sureness too: for each doubling of them beyond twice their limit so much less of it is wanted.
-FADES = 0.12
+FADES = 0.1  # so much less of `CONTENT` where values moved to four times their limit: what they hide costs sureness too
 SLOPE = 3.0
-DOUBT = 0.5  # of what is said about classes where the values moved too: each hides the other
+DOUBT = 0.5  # of what is said about classes, and content, where the values moved too: each hides the other
 
 
 class Traces(NamedTuple):
@@ -117,8 +116,8 @@ def kind(found: Traces) -> Kind:
         classes = 0.5 + (classes - 0.5) * DOUBT
     content = 0.0
     if found.sure is not None:
-        faded = 1 - FADES * max(0.0, math.log2(max(found.values, TINY) / (2 * found.limit)))
-        content = _odds(CONTENT * max(faded, TINY) / max(found.sure, TINY), 8 * SLOPE)
+        far = min(1.0, max(0.0, math.log2(max(found.values, TINY) / (2 * found.limit))))  # 0 to twice the limit, 1 at four
+        content = _odds(CONTENT * (1 - FADES * far) / max(found.sure, TINY), 8 * SLOPE * (1 - DOUBT * far))
     likely: dict[KindName, float] = {
         "none": (1 - values) * (1 - classes) * (1 - content),
         "covariate": values * (1 - classes) * (1 - content),
