@@ -260,6 +260,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "milli": later.assign(alcohol=1000 * later["alcohol"]),
         "swapped": later.rename(columns={"alcohol": "proline", "proline": "alcohol"}),
         "renamed": later.rename(columns={"alcohol": "Alcohol ", "proline": "p9"}),
+        "one": later.rename(columns={"alcohol": "Alcohol "}),
         "missing": later.drop(columns=["proline"]),
         "text": later.assign(alcohol=later["alcohol"].map("{:.2f} %".format)),
         "constant": later.assign(alcohol=12.0),
@@ -306,6 +307,10 @@ def test_a_checkpoint_remembers_the_columns(folder: Path) -> None:
         (
             "renamed",
             "lacks 2 of the 13 columns that the model was trained on: alcohol, proline. 'alcohol' is probably called",
+        ),
+        (
+            "one",
+            "lacks 1 of the 13 columns that the model was trained on: alcohol. 'alcohol' is probably called 'Alcohol '",
         ),
         ("missing", "lacks 1 of the 13 columns that the model was trained on: proline. Give the columns"),
         ("text", "hold something else: 'alcohol' (text)"),

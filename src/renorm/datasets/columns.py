@@ -181,7 +181,7 @@ def _missing(spec: str, rows: Rows, known: Columns, missing: list[str], extra: l
     ]
     if extra:
         first = np.arange(min(len(rows), LOOKED_AT))
-        values = torch.from_numpy(np.asarray(rows.matrix(extra, first), dtype=np.float64))
+        values = torch.from_numpy(np.array(rows.matrix(extra, first), dtype=np.float64))  # a single column is a view
         finite = values[values.isfinite().all(1)]
         found = renamed(known, missing, Columns.measure([finite], extra)) if len(finite) else {}
         lines += [f"{old!r} is probably called {new!r} here." for old, new in list(found.items())[:SHOWN]]
