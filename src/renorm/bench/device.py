@@ -164,8 +164,9 @@ class Device(Suite):
 
 
 ABOUT = """\
-To be run with `--device cuda`. Wall-clock time of each way as a multiple of another's in the same cell, whose ways take turns, the least of some turns, the
-device waited for before and after; median over cells with the smallest and the largest. Random weights, random images.
+To be run with `--device cuda`. Wall-clock time of each way as a multiple of another's in the same cell, whose ways take turns,
+the least of some turns, the device waited for before and after; median over cells with the smallest and the largest. Random
+weights, random images.
 """
 TITLES = {
     "stream": "A stream past its first images, which are all measured, against plain inference",
