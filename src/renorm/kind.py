@@ -116,7 +116,9 @@ def kind(found: Traces) -> Kind:
         classes = 0.5 + (classes - 0.5) * DOUBT
     content = 0.0
     if found.sure is not None:
-        far = min(1.0, max(0.0, math.log2(max(found.values, TINY) / (2 * found.limit))))  # 0 to twice the limit, 1 at four
+        far = min(
+            1.0, max(0.0, math.log2(max(found.values, TINY) / (2 * found.limit)))
+        )  # 0 to twice the limit, 1 at four
         content = _odds(CONTENT * (1 - FADES * far) / max(found.sure, TINY), 8 * SLOPE * (1 - DOUBT * far))
     likely: dict[KindName, float] = {
         "none": (1 - values) * (1 - classes) * (1 - content),
