@@ -527,3 +527,14 @@ def test_it_compiles_whole_with_the_same_numbers_and_statistics(kind: str) -> No
         narrow, other = longer.float(), compiled.float()
         torch.testing.assert_close(other(narrow)[0], plain.float()(narrow)[0], rtol=2e-2, atol=2e-2)
     torch.compiler.reset()
+
+
+@every_kind
+@pytest.mark.parametrize("training", [True, False])
+def test_a_hook_on_a_norm_sees_every_step(kind: str, training: bool) -> None:
+    rnn = made(kind).train(training)
+    seen = {name: 0 for name, _ in rnn.named_children()}
+    for name, norm in rnn.named_children():
+        norm.register_forward_hook(lambda module, args, y, name=name: seen.update({name: seen[name] + 1}))
+    rnn(sequences(steps=6))
+    assert set(seen.values()) == {6}

@@ -59,9 +59,8 @@ class BNLSTM(Recurrent):
         self, data: Tensor, packed: Packed, state: tuple[Tensor, ...], suffix: str
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         norms = self._norms(suffix)
-        if not self._in_one(data, packed.sizes) or not all(
-            norm.training for norm in norms.values()
-        ):  # one may be frozen
+        plain = all(norm.training and not norm.hooked for norm in norms.values())  # one may be frozen
+        if not plain or not self._in_one(data, packed.sizes):
             return super()._scan(data, packed, state, suffix)
         passing = {name: norm.begin(packed.sizes, packed.unsorted) for name, norm in norms.items()}
         bias = self._input_bias(suffix)

@@ -95,6 +95,11 @@ class StepNorm(nn.Module):
         """How many steps, from the first on, hold statistics of some batch."""
         return int((self.tracked > 0).cumprod(0).sum())
 
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody hung a hook on it, who is to see every step."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
+
     def slots(self) -> Sequence[str]:
         """The steps that hold statistics of their own, by number; all of them before the first batch."""
         return tuple(str(step) for step in range(self.used or self.steps))
@@ -144,11 +149,11 @@ class StepNorm(nn.Module):
     def steps_of(self, x: Tensor, passing: Passing) -> Iterator[Tensor]:
         """The normalised values step after step, each made when it is asked for. Shapes: x (sum of sizes, C)."""
         sizes = list(passing.sizes)
-        if passing.scratch is not None and len(set(sizes)) == 1 and sizes[0] > 1:
+        if passing.scratch is not None and len(set(sizes)) == 1 and sizes[0] > 1 and not self.hooked:
             yield from torch.split(self._together(x, passing.scratch, passing), sizes)
             return
         for step, part in enumerate(torch.split(x, sizes)):
-            yield self._at(part, passing, step)
+            yield self(part, passing, step)  # as a module, for whoever hangs a hook on it
 
     def track_(self, passing: Passing) -> None:
         """Move each step's statistics towards what the sequence measured there; steps that share a place are pooled."""
