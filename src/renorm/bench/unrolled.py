@@ -40,7 +40,7 @@ class Unrolled(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.hidden = shape.hidden
+        self.hidden: int = shape.hidden
         self.from_input: nn.Linear = nn.Linear(shape.width, 4 * shape.hidden, bias=False)
         self.from_hidden: nn.Linear = nn.Linear(shape.hidden, 4 * shape.hidden, bias=False)
         self.bias: nn.Parameter = nn.Parameter(torch.zeros(4 * shape.hidden))
