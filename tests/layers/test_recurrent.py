@@ -492,15 +492,19 @@ def test_a_sequence_in_one_node_gives_what_single_steps_give(
         torch.testing.assert_close(ours, other, rtol=1e-7, atol=1e-7)
 
 
-def test_statistics_do_not_hang_on_which_way_they_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = sequences(steps=4)
-    for momentum in (0.1, None, 0.0):
-        quick, slow = (made("lstm", momentum=momentum, lived=lived) for lived in (True, True))
-        quick(x)
-        with monkeypatch.context() as patch:
-            patch.setattr(StepNorm, "_moved_apart", lambda *_: False)
-            slow(x)
-        same(moments(quick), moments(slow), 1e-12)
+@pytest.mark.parametrize("momentum", [0.1, None, 0.0])
+def test_statistics_do_not_hang_on_which_way_they_are_moved(
+    momentum: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, moved_apart = sequences(steps=4), StepNorm._moved_apart
+    quick, slow = made("lstm", momentum=momentum), made("lstm", momentum=momentum)
+    taken: list[bool] = []
+    monkeypatch.setattr(StepNorm, "_moved_apart", lambda *given: taken.append(moved_apart(*given)) or taken[-1])
+    quick(x)
+    assert taken == [True] * 3  # each norm took the short way, which the other network is kept from
+    monkeypatch.setattr(StepNorm, "_moved_apart", lambda *_: False)
+    slow(x)
+    same(moments(quick), moments(slow), 1e-12)
 
 
 @every_kind
