@@ -56,6 +56,7 @@ def plain(convolutions: int = 9) -> nn.Sequential:
     act = nn.ReLU(inplace=True)  # one that stands in many places
     for number in range(convolutions):
         parts += [nn.Conv2d(3 if not number else 6, 6, 3, padding=1), nn.BatchNorm2d(6), act]
+    parts.insert(3, nn.Sequential())  # one that does nothing, and whose length is 0
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
 
 

@@ -75,7 +75,11 @@ class Piece:
     @property
     def parts(self) -> list[nn.Module]:
         """The modules in the order in which they run; one that stands twice is run twice."""
-        return [c for c in self.module._modules.values() if c][self.first : self.last] if self.last else [self.module]
+        return (
+            [c for c in self.module._modules.values() if c is not None][self.first : self.last]
+            if self.last
+            else [self.module]
+        )
 
     def norms(self) -> list[nn.Module]:
         """Its norm layers, with what is below them; looked for again where other modules have been put in."""

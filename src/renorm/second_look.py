@@ -18,6 +18,7 @@ from renorm.observe import measure, outputs_at, visiting
 from renorm.shift import Shift
 from renorm.sites import Site, unwrap, walk
 from renorm.state import evaluating, preserving
+from renorm.verify import difference
 
 __all__ = [
     "Gap",
@@ -161,8 +162,11 @@ def folded_apart(model: nn.Module, folded: nn.Module, batch: Any, sites: Sequenc
 
 
 def _relative(x: Tensor, y: Tensor) -> float:
-    x, y = x.detach().cpu().double(), y.detach().cpu().double()
-    return float((x - y).abs().max() / x.abs().max().clamp_min(1e-12)) if x.numel() else 0.0
+    """The largest difference as a share of the largest finite value of `x`."""
+    if not x.numel():
+        return 0.0
+    largest = x.detach().cpu().double().abs().nan_to_num(nan=0.0, posinf=0.0).max()
+    return float(difference(x, y).max() / largest.clamp_min(1e-12))
 
 
 def trailing_padding(

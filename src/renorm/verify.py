@@ -62,7 +62,7 @@ def verify(
         for index, batch in nonempty(batches, asked="verify"):
             ours, theirs = (caller.run(model, batch, index=index) for model in (a, b))
             pair = [result.output if output is None else result.logits for result in (ours, theirs)]
-            apart = [_difference(x, y) for x, y in _paired(*pair)]
+            apart = [difference(x, y) for x, y in _paired(*pair)]
             samples += ours.samples
             values += sum(d.numel() for d in apart)
             total += sum(float(d.sum()) for d in apart)
@@ -97,7 +97,8 @@ def _paired(ours: Any, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     return list(zip(left, right, strict=True))
 
 
-def _difference(x: Tensor, y: Tensor) -> Tensor:
+def difference(x: Tensor, y: Tensor) -> Tensor:
+    """How far apart, value by value: 0 where both are the same NaN or infinity, infinite where one alone is NaN."""
     x, y = x.detach().cpu().double(), y.detach().cpu().double()  # in this order: MPS has no float64
     same = (x == y) | (x.isnan() & y.isnan())
     return torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -109,10 +110,6 @@ def _first_parting(a: nn.Module, b: nn.Module, batch: Any, caller: Caller) -> st
     theirs = dict(outputs_at(unwrap(b), names, batch, caller))
     for name, x in outputs_at(unwrap(a), names, batch, caller):
         y = theirs.get(name)
-        if (
-            y is None
-            or y.shape != x.shape
-            or float(_difference(x, y).max()) > PARTED * max(float(x.abs().max()), 1e-12)
-        ):
+        if y is None or y.shape != x.shape or float(difference(x, y).max()) > PARTED * max(float(x.abs().max()), 1e-12):
             return name
     return None

@@ -65,8 +65,9 @@ class Doctor(OnModel):
                 f"renorm doctor needs MODEL, or --checkpoint FILE alone, and neither was given. For example:\n"
                 f"  {self.example}\nrenorm doctor --help lists everything."
             )
-        if self.file and (self.data or self.fix or self.source or (self.model and self.checkpoint)):
-            named = "DATA" if self.data else "--fix" if self.fix else "--source" if self.source else "--checkpoint"
+        if self.file and (self.data or self.fix or self.source or self.folded or (self.model and self.checkpoint)):
+            wanted = {"DATA": self.data, "--fix": self.fix, "--source": self.source, "--folded": self.folded}
+            named = next((name for name, given in wanted.items() if given), "--checkpoint")
             raise UsageError(
                 f"renorm doctor was given the file {self.file} without the model's code, and {named}, which needs the model. "
                 f"Name the model too, for example:\n  {self.example}"

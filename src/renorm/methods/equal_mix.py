@@ -31,7 +31,8 @@ GROWTH = 1.2  # of a change against the least before it: 1.4 to 2.4 where mixes 
 class EqualMix(Method):
     """Every site holds what the target's moments would be if its classes were mixed as the source's.
 
-    passes    how often the batches are read at the most; the first time every batch is run twice
+    passes    how often each search reads the batches at the most, the first time running them twice; a mix that does not
+              settle steadily is searched once more, and both are compared in one pass
     settled   stop once the class mix changed by less than this between two passes (sum over classes, 0 to 2)
     doubt     how much the source's own class mix counts in that estimate, as a share of the images; 0 believes the predictions,
               and is best where few classes are there, but runs away where the model mistakes most images for one class
@@ -96,10 +97,11 @@ class EqualMix(Method):
         several_passes(batches, asked="the method 'equal_mix'")
         source.check(model)
         found = self._searched(model, batches, sites, caller, _Search(self, source, sites))
-        notes = found.notes()
+        notes, passes = found.notes(), found.passes
         if found.grew:
             still = self._searched(model, batches, sites, caller, _Search(self, source, sites, still=True))
             evidence = _evidence(model, batches, caller, still, found)
+            passes += still.passes + 1
             if evidence <= self.surer:
                 notes, found = (*found.uneven(), self._unbelieved(found, evidence)), still
         moments, weights = found.result()
@@ -110,7 +112,7 @@ class EqualMix(Method):
             samples=found.samples,
             batches=found.batches,
             unvisited=tuple(site.name for site in sites if site.name not in moments),
-            passes=found.passes,
+            passes=passes,
             notes=notes,
         )
 

@@ -157,8 +157,8 @@ def mean(values: Iterable[float]) -> float:
 
 
 def plainly(value: float, digits: int = 2) -> str:
-    """So many digits that count; of larger numbers all those before the point, and no exponent."""
-    return f"{value:,.0f}" if 10**digits <= abs(value) < 1e9 else f"{value:.{digits}g}"
+    """So many digits that count; of larger numbers, below a billion, all those before the point."""
+    return f"{value:,.0f}" if 10**digits - 0.5 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def clean(text: str) -> str:
