@@ -164,9 +164,11 @@ class Device(Suite):
 
 
 ABOUT = """\
-To be run with `--device cuda`. Wall-clock time of each way as a multiple of another's in the same cell, whose ways take turns,
-the least of some turns, the device waited for before and after; median over cells with the smallest and the largest. Random
-weights, random images.
+To be run with `--device cuda`; the device computes in float32 without TF32, by deterministic kernels. Wall-clock time of each
+way as a multiple of another's in the same cell, whose ways take turns, the least of some turns, the device waited for before
+and after; median over cells with the smallest and the largest. Milliseconds are of a turn: 16 passes of single images, 4 of 16,
+8 of a layer, else one. The least of turns of one pass is of a batch that `shrink` does not learn from, which three in four are,
+and in batches of 16 of one that the guard does not judge. Random weights, random images.
 """
 TITLES = {
     "stream": "A stream past its first images, which are all measured, against plain inference",

@@ -139,13 +139,16 @@ class _Shrinking(Running):
     def begin(self, samples: int, batch: Any, *, learn: bool) -> None:
         self._samples, self._asked, self._now, self._far = samples, learn, {}, {}
         self._sudden = self._twice = False
-        self._rested = self._rested + 1 if learn and self._measured >= self._method.dense else 0
-        self._learn = learn and self._rested % self._method.thin == 0
+        self._learn = learn and self._rests() % self._method.thin == 0
         self._alone = not self._learn
         self._due = self._learn and (samples >= self._method.every or self._pending + samples >= self._method.every)
         self._presumed = self._mix
         if self._mix is not None and self._counts.images:
             self._presume(self._mix)
+
+    def _rests(self) -> int:
+        """How many batches, with the present one, came since all images of the domain were measured."""
+        return self._rested + 1 if self._measured >= self._method.dense else 0
 
     def _presume(self, mix: Tensor) -> None:
         """Compare with the source at the mix of all that came, and of this in the present batch."""
@@ -216,6 +219,7 @@ class _Shrinking(Running):
         old = self._method.recall ** (samples / 64)
         before = torch.full_like(probabilities, 1 / len(probabilities)) if self._mix is None else self._mix
         self._mix = old * before + (1 - old) * probabilities
+        self._rested = self._rests()
         if not self._learn:
             return
         counts = samples * self._grouped(probabilities)
@@ -360,7 +364,7 @@ class _Shrinking(Running):
         return {name: lent.far for name, lent in self._lent.items()}
 
     def state(self) -> State:
-        numbers = [self._counts.images, self._pending, self.changes, self._measured]
+        numbers = [self._counts.images, self._pending, self.changes, self._measured, self._rested]
         scalars = torch.tensor(numbers, dtype=torch.float64)
         found: State = {"images": scalars} | self._counts.state()
         if self._mix is not None:
@@ -376,7 +380,7 @@ class _Shrinking(Running):
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._start_anew()
         images, *others = state["images"].tolist()
-        self._pending, self.changes, self._measured = map(int, others)
+        self._pending, self.changes, self._measured, self._rested = map(int, others)
         self._counts = Counts(images, *(state[key].clone() if key in state else None for key in Counts._fields[1:]))
         self._mix = state["mix"].clone() if "mix" in state else None
         self._lent, self._trial = {}, {}
